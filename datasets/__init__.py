@@ -1,0 +1,1 @@
+"""Shard format, order, readers, preparation, drawn faces."""

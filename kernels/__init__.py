@@ -1,0 +1,1 @@
+"""Custom ops: upfirdn2d and bias_act."""

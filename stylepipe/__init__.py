@@ -1,0 +1,1 @@
+"""Train high-resolution GANs on many GPUs."""

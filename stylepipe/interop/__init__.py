@@ -1,0 +1,1 @@
+"""Network files, and other projects' checkpoints."""

@@ -1,0 +1,1 @@
+"""Published settings, one file each."""

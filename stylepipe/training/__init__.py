@@ -1,0 +1,1 @@
+"""The training engine: it runs phases and knows no network by name."""
