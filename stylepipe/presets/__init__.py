@@ -1,1 +1,80 @@
-"""Published settings, one file each."""
+"""Published settings, one file each: how to fill every option that the user left open.
+
+A preset is a function of resolution, number of processes and the batch size asked for (None: its own).
+To add one, write its file and name it here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from stylepipe.config import Config, largest_divisor, overlay, validate
+from stylepipe.errors import UserError
+from stylepipe.presets import auto, paper256, paper1024, stylegan2
+
+Preset = Callable[[int, int, int | None], Config]
+
+PRESETS: dict[str, Preset] = {
+    "stylegan2": stylegan2.preset,
+    "paper1024": paper1024.preset,
+    "paper256": paper256.preset,
+    "auto": auto.preset,
+}
+
+CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 activations in range
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """Fill every open option for `world_size` processes and check that the numbers fit together.
+
+    Only `precision="auto"` and `batch_gpu="auto"` may remain, which need the device.
+
+    Raises:
+        UserError: an option no run could use, an unknown preset, a batch size that does not divide.
+    """
+    validate(config)
+    name = config.preset or ("stylegan2" if config.res >= 512 else "auto")
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PRESETS)}"
+        raise UserError(f"--preset {name}: unknown preset; {hint}")
+    defaults = PRESETS[name](config.res, world_size, config.batch_size)
+    batch_gpu_given = config.batch_gpu is not None
+    config = overlay(replace(defaults, preset=name), config)
+    validate(config)
+
+    assert config.batch_size is not None
+    if config.batch_size % world_size:
+        below = config.batch_size // world_size * world_size
+        raise UserError(
+            f"--batch-size {config.batch_size}: expected a multiple of the {world_size} processes; "
+            f"try {below or world_size} or {(below or world_size) + world_size}"
+        )
+    if config.batch_gpu == "auto":
+        return config
+    assert isinstance(config.batch_gpu, int)
+    per_process = config.batch_size // world_size
+    if batch_gpu_given and per_process % config.batch_gpu:
+        raise UserError(
+            f"--batch-gpu {config.batch_gpu}: expected a divisor of {per_process}, the images of one process "
+            f"(--batch-size {config.batch_size} / {world_size} processes); "
+            f"try {largest_divisor(per_process, config.batch_gpu)}"
+        )
+    return with_batch_gpu(config, largest_divisor(per_process, config.batch_gpu))
+
+
+def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
+    """Set the micro-batch, and the minibatch stddev group to its largest divisor up to the preset's."""
+    assert config.network.mbstd_group_size is not None
+    group = largest_divisor(batch_gpu, config.network.mbstd_group_size)
+    return replace(config, batch_gpu=batch_gpu, network=replace(config.network, mbstd_group_size=group))
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """Set the type of the highest resolutions; half precision brings the paper's clamp unless one is set."""
+    network = config.network
+    if precision != "fp32" and network.conv_clamp is None:
+        network = replace(network, conv_clamp=CONV_CLAMP_HALF)
+    return replace(config, precision=precision, network=network)  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+# Everything a user or a contributor types. Needs Python 3.11 or newer, git and make; the rest is set up in .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stylepipe-setup
+JOBS   ?= 2
+
+# `make demo` trains on drawn faces. DEMO_FLAGS replaces the settings, DEMO_ARGS adds to them (make demo DEMO_ARGS="--kimg 40").
+DEMO_OUT   ?= runs/demo
+DEMO_FLAGS ?= --res 64 --network.channel-base 2048 --network.channel-max 64 --batch-size 16 --kimg 12 --grid-kimg 2 \
+              --mirror --tracker none --out $(DEMO_OUT)
+DEMO_ARGS  ?=
+
+# A CPU build of torch is a tenth of the CUDA build's download. PIP_TORCH= (empty) takes what PyPI offers.
+CPU_ONLY  := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes)
+PIP_TORCH ?= $(if $(CPU_ONLY),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint types gpu-check clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with the pinned packages and stylepipe itself (done by every other target as well)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "stylepipe needs Python 3.11 or newer and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1); name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-deps --retries 0 -c constraints.txt $(PIP_TORCH) torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train a small face model on drawn faces, a few minutes on any machine, and name the picture it made
+	$(BIN)/accelerate launch $(if $(CPU_ONLY),--cpu) --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	  launch/train.py $(DEMO_FLAGS) $(DEMO_ARGS)
+	@echo "Look at $$(ls $(DEMO_OUT)/grids/[0-9]*.png | tail -n 1)"
+
+test: lint ## Lint, then the quick tests with coverage
+	$(BIN)/pytest -m "not slow and not gpu" -n $(JOBS) --cov --cov-report=term
+
+test-all: lint ## Lint, then every test (those marked gpu are skipped without a CUDA device)
+	$(BIN)/pytest -n $(JOBS) --cov --cov-report=term
+
+lint: types ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# mypy reads files, not import hooks: give it the tree that an install makes.
+types: $(STAMP)
+	@rm -rf build/types && mkdir -p build/types/stylepipe
+	@ln -s $(CURDIR)/stylepipe/* $(CURDIR)/kernels $(CURDIR)/datasets build/types/stylepipe/
+	$(BIN)/mypy build/types/stylepipe launch/*.py
+
+gpu-check: $(STAMP) ## The tests that need a CUDA device
+	$(BIN)/pytest tests/gpu
+
+clean: ## Remove what the targets made, .venv and the demo's run included; other runs stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* $(DEMO_OUT)
+	find . -name __pycache__ -prune -exec rm -rf {} +

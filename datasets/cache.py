@@ -1,0 +1,168 @@
+"""What `--data` stands for: a prepared folder, photographs to prepare into the user's cache, or drawn faces."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.photos import encode
+from stylepipe.datasets.prepare import check_resolution, find_photos, in_tasks, prepare, printable, tool_versions
+from stylepipe.datasets.processes import available_cpus, map_in_order
+from stylepipe.datasets.shards import FORMAT_VERSION, Manifest, is_prepared, open_dataset
+from stylepipe.datasets.writer import ShardWriter, new_dataset_folder
+from stylepipe.errors import UserError
+
+CACHE_VARIABLE = "STYLEPIPE_CACHE"
+
+# Constants, so that the built-in data is the same everywhere; chosen to be drawn within 40 s on two cores.
+DRAWN_COUNTS = {8: 4096, 16: 4096, 32: 4096, 64: 4096, 128: 4096, 256: 2048, 512: 1024, 1024: 512}
+_DRAWN_FORMAT = "png"
+_FACES_PER_TASK = 16
+
+log = logging.getLogger(__name__)
+
+
+def dataset_for_training(
+    data: str | Path | None,
+    resolution: int,
+    *,
+    workers: int | None = None,
+    upscale: bool = False,
+    labels: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Return the prepared folder to train on, made now if need be.
+
+    Several processes may call it at once: one prepares, the others wait for it and use the result.
+
+    Args:
+        data: a prepared folder (returned as it is), a folder of photographs (prepared into the cache, and again only
+            when its files or the options change), or None for the built-in drawn faces.
+        resolution: of the images, in pixels.
+        workers: processes that prepare; default one per core.
+        upscale: also take photographs smaller than `resolution`.
+        labels: the training needs classes: from a prepared folder, or the top-level sub-folders of the photographs.
+        progress: show a progress bar where stderr is a terminal.
+
+    Raises:
+        UserError: see `open_dataset` and `prepare`; labels asked for and absent; the cache cannot be written.
+    """
+    check_resolution(resolution)
+    if data is None:
+        if labels:
+            raise UserError("the built-in faces have no labels; name data that has with --data, or leave out --cond")
+        return _built_once(*_drawn_faces(resolution, workers, progress))
+    data = Path(data)
+    if is_prepared(data):
+        if not open_dataset(data, resolution).c_dim and labels:
+            raise UserError(f"{data}: has no labels; prepare it again with --labels, or train without --cond")
+        return data
+    return _built_once(*_photographs(data, resolution, workers, upscale, labels, progress))
+
+
+def cache_folder() -> Path:
+    """Return where prepared data is kept: STYLEPIPE_CACHE, else stylepipe/ in XDG_CACHE_HOME, else in ~/.cache."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylepipe"
+
+
+def _photographs(
+    source: Path, resolution: int, workers: int | None, upscale: bool, labels: bool, progress: bool
+) -> tuple[str, Callable[[Path], object]]:
+    """Return the cache key of a folder of photographs and how to prepare it."""
+    photos = find_photos(source)
+    stamp = hashlib.sha256(_options_stamp(resolution, upscale, labels))
+    for name in photos.files:
+        try:
+            status = os.stat(source / name)
+        except OSError:  # gone since it was listed: preparing will tell
+            continue
+        stamp.update(b"\0%s\0%d\0%d" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
+    name = re.sub(r"[^\w.-]+", "-", printable(source.resolve().name))
+    build = partial(
+        prepare, source, resolution=resolution, workers=workers, upscale=upscale, labels=labels, progress=progress
+    )
+    return f"{name}-{resolution}-{stamp.hexdigest()[:16]}", build
+
+
+def _drawn_faces(resolution: int, workers: int | None, progress: bool) -> tuple[str, Callable[[Path], object]]:
+    """Return the cache key of the drawn faces, which the code that draws them is a part of, and how to build them."""
+    stamp = hashlib.sha256(_options_stamp(resolution, DRAWN_COUNTS[resolution]))
+    for module in sorted(Path(__file__).parent.glob("drawn*.py")):
+        stamp.update(module.read_bytes())
+    build = partial(_draw_dataset, resolution=resolution, workers=workers, progress=progress)
+    return f"drawn-{resolution}-{stamp.hexdigest()[:16]}", build
+
+
+def _options_stamp(*options: object) -> bytes:
+    return json.dumps([FORMAT_VERSION, tool_versions(), *options]).encode()
+
+
+def _built_once(key: str, build: Callable[[Path], object]) -> Path:
+    """Return the folder `key` of the cache, built by one process while the others wait."""
+    folder = cache_folder() / "datasets" / key
+    if is_prepared(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(f"{key}.lock")):
+            if not is_prepared(folder):
+                log.info("preparing data once, into %s", folder)
+                build(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: cannot be written ({error.strerror or error}); "
+            f"set {CACHE_VARIABLE} to a folder that can, with room for the data"
+        ) from error
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that ends with this process, however it ends; say so when it has to wait."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process is preparing the same data; waiting for it (lock: %s)", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _draw_dataset(out: Path, *, resolution: int, workers: int | None, progress: bool) -> None:
+    count = DRAWN_COUNTS[resolution]
+    draw = partial(_draw, resolution=resolution)
+    faces = chain.from_iterable(map_in_order(draw, in_tasks(count, _FACES_PER_TASK), workers or available_cpus()))
+    shown = None if progress else True  # None: off where stderr is no terminal
+    with new_dataset_folder(out) as folder, ShardWriter(folder, _DRAWN_FORMAT) as writer:
+        for face in tqdm(faces, total=count, desc=f"drawing faces at {resolution} px", unit="img", disable=shown):
+            writer.add(face)
+        writer.save_manifest(
+            Manifest(
+                name="drawn",
+                count=count,
+                resolution=resolution,
+                image_format=_DRAWN_FORMAT,
+                index=writer.finish(),
+                shards=tuple(writer.shards),
+                tool=tool_versions(),
+            )
+        )
+
+
+def _draw(indices: range, *, resolution: int) -> list[bytes]:
+    """Do one task, in a worker."""
+    return [encode(draw_face(index, resolution), _DRAWN_FORMAT) for index in indices]

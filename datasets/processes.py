@@ -1,0 +1,81 @@
+"""Worker processes that end exactly when their parent wants it or dies.
+
+Ctrl-C and a batch system's SIGTERM reach every process of a job. The parent decides what to do about
+them (finish the step, save); a worker that died of one at once would take the data away meanwhile. And a
+worker must not outlive a parent that was killed, which a queue alone does not tell it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from stylepipe.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_PENDING_PER_WORKER = 2  # keeps workers busy while bounding what waits in memory
+
+
+def available_cpus() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def follow_parent() -> None:
+    """Call first in a worker process: ignore SIGINT, and SIGTERM but from the parent; end with the parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM keeps its default action
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_after, args=(_sigterm_from, parent.pid), daemon=True).start()
+
+
+def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Yield function(task) for each task, in order, computed by `workers` processes (1: in this one).
+
+    At most a few tasks per worker are under way or waiting at any time. `function` must be importable.
+    """
+    if workers <= 1:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: the caller may hold threads or a CUDA context.
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+    tasks = iter(tasks)
+    pending: deque[Future[Result]] = deque()
+    try:
+        pending.extend(executor.submit(function, task) for task in islice(tasks, workers * _PENDING_PER_WORKER))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(executor.submit(function, task) for task in islice(tasks, 1))
+            yield result
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {workers} worker processes was killed, most likely for want of memory; "
+            "use fewer workers (--workers)"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_after(wait: Callable[..., object], *args: object) -> None:
+    wait(*args)
+    os._exit(1)
+
+
+def _sigterm_from(pid: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
+        pass

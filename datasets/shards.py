@@ -1,0 +1,278 @@
+"""The prepared dataset: what stands on disk, and random access to it.
+
+    OUT/
+      shard-00000.tar ...   plain WebDataset tars; sample 17 is `00000017.png` (or `.jpg`), and with labels
+                            `00000017.cls`, the class number in ASCII. Sizes, owners and times are fixed,
+                            so equal samples give equal bytes.
+      index.npy             one record per sample: shard, offset and size of the image, label (-1: none)
+      manifest.json         `Manifest`; written last, so a folder with a manifest is whole
+
+Any WebDataset reader can stream the tars. Here the index gives random access by pread instead, which is
+faster and lets the order of the data be a pure function of the position (see order.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from stylepipe.errors import UserError
+
+FORMAT_NAME = "stylepipe-shards"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.npy"
+INDEX_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
+IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
+
+FOREIGN_TARS = (
+    f"holds tar files but no {MANIFEST_FILE}, so they were not made by `stylepipe prepare`; "
+    "unpack them into a folder of their own and prepare that folder"
+)
+
+_MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
+_HASH_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the dataset: name within the folder, size in bytes, SHA-256, number of samples it holds or lists."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One source file that is not in the dataset: its relative name, a short reason, the detail."""
+
+    file: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. Depends on source and options only: no times, hosts or absolute paths."""
+
+    name: str
+    count: int
+    resolution: int
+    image_format: str
+    index: FileRecord
+    shards: tuple[FileRecord, ...]
+    classes: tuple[str, ...] | None = None
+    skipped: tuple[Skipped, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tool: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        head = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
+        return json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse manifest.json; raise ValueError, KeyError or TypeError where it is none."""
+        values = json.loads(text)
+        if values.pop("format") != FORMAT_NAME:
+            raise ValueError(f"its format is not {FORMAT_NAME}")
+        version = values.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"it has format version {version!r}, and this stylepipe reads version {FORMAT_VERSION}")
+        values["index"] = FileRecord(**values["index"])
+        values["shards"] = tuple(FileRecord(**record) for record in values["shards"])
+        values["skipped"] = tuple(Skipped(**record) for record in values["skipped"])
+        if values["classes"] is not None:
+            values["classes"] = tuple(values["classes"])
+        manifest = cls(**values)
+        if any(Path(record.file).name != record.file for record in manifest.files()):
+            raise ValueError("it names a file outside its folder")
+        return manifest
+
+    def files(self) -> Iterator[FileRecord]:
+        """Yield the record of every file but the manifest itself."""
+        yield from self.shards
+        yield self.index
+
+
+class ShardDataset:
+    """Random access to a prepared folder. Cheap to pickle; files are opened where they are read."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently read first
+        self._index = _load_index(path, manifest)
+
+    @property
+    def name(self) -> str:
+        """The name of the data, for run directories: that of the folder it was prepared from."""
+        return self.manifest.name
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of every image, in pixels."""
+        return self.manifest.resolution
+
+    @property
+    def c_dim(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.manifest.classes or ())
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Decode images: [n, R, R, 3] uint8, NHWC. Raise UserError naming a sample that cannot be read."""
+        images = np.empty((len(ids), self.resolution, self.resolution, 3), dtype=np.uint8)
+        for image, sample in zip(images, ids, strict=True):
+            self._decode(int(sample), image)
+        return images
+
+    def labels(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return one-hot labels: [n, c_dim] float32; [n, 0] without labels."""
+        one_hot = np.zeros((len(ids), self.c_dim), dtype=np.float32)
+        if self.c_dim:
+            one_hot[np.arange(len(ids)), self._index["label"][np.asarray(ids)]] = 1
+        return one_hot
+
+    def close(self) -> None:
+        """Close the open shards; reading opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The index is mapped again from the file in the other process, not sent through a pipe.
+        return {"path": self.path, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _decode(self, sample: int, out: npt.NDArray[np.uint8]) -> None:
+        row = self._index[sample]
+        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+        try:
+            data = os.pread(self._descriptor(shard), size, offset)
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+                if image.size != (self.resolution, self.resolution):
+                    raise ValueError(f"it is {image.width}x{image.height} pixels")
+                out[...] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        except Exception as error:  # Pillow raises many types on damaged data
+            key = f"{sample:08d}{IMAGE_SUFFIXES[self.manifest.image_format]}"
+            raise UserError(
+                f"{self.path / self.manifest.shards[shard].file}: sample {key} cannot be read ({error}); "
+                "the dataset is damaged or incomplete: copy it again from its source, or prepare it anew"
+            ) from error
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
+                os.close(self._descriptors.popitem(last=False)[1])
+            descriptor = os.open(self.path / self.manifest.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors[shard] = descriptor
+        else:
+            self._descriptors.move_to_end(shard)
+        return descriptor
+
+
+def open_dataset(path: str | Path, resolution: int | None = None) -> ShardDataset:
+    """Open a prepared folder after cheap checks: the manifest, the size of every file, the index.
+
+    Raise UserError where it is no prepared folder, is incomplete, or has another resolution than asked for.
+    """
+    path = Path(path)
+    manifest = load_manifest(path)
+    if resolution is not None and manifest.resolution != resolution:
+        raise UserError(
+            f"{path}: holds images of {manifest.resolution} px, and {resolution} px are asked for; "
+            f"use --res {manifest.resolution}, or prepare the photographs again with --res {resolution}"
+        )
+    for record in manifest.files():
+        try:
+            size = (path / record.file).stat().st_size
+        except OSError as error:
+            raise _damaged(path, f"{record.file} is missing or unreadable ({error.strerror})") from error
+        if size != record.bytes:
+            raise _damaged(path, f"{record.file} has {size:,} bytes instead of {record.bytes:,}")
+    return ShardDataset(path, manifest)
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Tell whether a folder holds a prepared dataset: it has a manifest."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def load_manifest(path: str | Path) -> Manifest:
+    """Read the manifest of a prepared folder; raise UserError saying what the folder is instead."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; expected a dataset made by `stylepipe prepare`")
+    if not path.is_dir():
+        raise UserError(f"{path}: is a file; expected a folder made by `stylepipe prepare`")
+    try:
+        return Manifest.from_json((path / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {_what_stands_there(path)}") from error
+    except OSError as error:
+        raise UserError(f"{path / MANIFEST_FILE}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path / MANIFEST_FILE}: is not the manifest of a dataset that can be read here ({error}); "
+            "prepare the photographs again"
+        ) from error
+
+
+def verify(path: str | Path) -> None:
+    """Check the SHA-256 of every file against the manifest; raise UserError naming all that differ."""
+    dataset = open_dataset(path)
+    damaged = [r.file for r in dataset.manifest.files() if file_sha256(dataset.path / r.file) != r.sha256]
+    if damaged:
+        raise _damaged(dataset.path, f"SHA-256 differs from the manifest in {', '.join(damaged)}")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_index(path: Path, manifest: Manifest) -> npt.NDArray[np.void]:
+    """Map the index into memory: [count] records, checked against the sizes of the shards."""
+    try:
+        index: npt.NDArray[np.void] = np.load(path / INDEX_FILE, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{INDEX_FILE} cannot be read ({error})") from error
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
+        raise _damaged(path, f"{INDEX_FILE} does not hold {manifest.count:,} samples")
+    return index
+
+
+def _damaged(path: Path, finding: str) -> UserError:
+    return UserError(f"{path}: {finding}; copy the dataset again from its source, or prepare it anew")
+
+
+def _what_stands_there(path: Path) -> str:
+    names = [entry.name for entry in path.iterdir()]
+    if not names:
+        return "is empty; expected a dataset made by `stylepipe prepare`"
+    if any(name.endswith(".tar") for name in names):
+        return FOREIGN_TARS
+    return f"has no {MANIFEST_FILE}; prepare it first: stylepipe prepare {path} OUT --res R"

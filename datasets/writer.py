@@ -1,0 +1,173 @@
+"""Writing shards: equal samples in equal order give equal bytes; a folder of them appears whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+
+from stylepipe.datasets.shards import (
+    IMAGE_SUFFIXES,
+    INDEX_DTYPE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    FileRecord,
+    Manifest,
+    file_sha256,
+)
+from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 256 * 1024 * 1024
+_INDEX_BLOCK = 65_536
+
+
+@contextmanager
+def new_dataset_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden sibling of `out` to fill, which becomes `out` when the block ends well.
+
+    On an exception it is removed. Killed, it stays behind hidden, and the next call for the same `out` removes it: its
+    lock is gone with its process. Raise UserError where `out` is not free, is being written, or cannot be.
+    """
+    try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out}: exists already; name a new folder, or remove this one first")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        with atomic_path(out) as folder:
+            folder.mkdir()
+            with _locked(folder):
+                yield folder
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); make room or name another place"
+        ) from error
+
+
+class ShardWriter:
+    """Append encoded images to shards of at most `shard_bytes` in `folder`, then write their index.
+
+    Used as a context manager; `finish` completes the dataset but for its manifest.
+    """
+
+    def __init__(self, folder: Path, image_format: str, shard_bytes: int = SHARD_BYTES) -> None:
+        self.shards: list[FileRecord] = []
+        self.count = 0
+        self._folder = folder
+        self._suffix = IMAGE_SUFFIXES[image_format]
+        self._shard_bytes = shard_bytes
+        self._blocks = [np.empty(_INDEX_BLOCK, INDEX_DTYPE)]
+        self._file: IO[bytes] | None = None
+
+    def add(self, image: bytes, label: int = -1) -> None:
+        """Append one encoded image; a label >= 0 is stored beside it."""
+        members = [(self._suffix, image)]
+        if label >= 0:
+            members.append((".cls", b"%d" % label))
+        packed = [_member(f"{self.count:08d}{suffix}", data) for suffix, data in members]
+        if self._file is not None and self._size + sum(map(len, packed)) > self._shard_bytes - 2 * tarfile.BLOCKSIZE:
+            self._close_shard()
+        if self._file is None:
+            self._open_shard()
+        self._record(len(self.shards), len(image), self._size + tarfile.BLOCKSIZE, label)
+        for data in packed:
+            self._write(data)
+        self._samples += 1
+        self.count += 1
+
+    def finish(self) -> FileRecord:
+        """Close the last shard and write the index; return the index's record."""
+        if self._file is not None:
+            self._close_shard()
+        path = self._folder / INDEX_FILE
+        np.save(path, np.concatenate(self._blocks)[: self.count], allow_pickle=False)
+        return FileRecord(INDEX_FILE, path.stat().st_size, file_sha256(path), self.count)
+
+    def save_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest, which declares the folder whole."""
+        (self._folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _record(self, shard: int, size: int, offset: int, label: int) -> None:
+        place = self.count % _INDEX_BLOCK
+        if place == 0 and self.count:
+            self._blocks.append(np.empty(_INDEX_BLOCK, INDEX_DTYPE))
+        self._blocks[-1][place] = (shard, size, offset, label)
+
+    def _open_shard(self) -> None:
+        self._file = open(self._folder / _shard_name(len(self.shards)), "wb")  # noqa: SIM115 (spans calls)
+        self._hash = hashlib.sha256()
+        self._size = self._samples = 0
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar: two blocks of zeros
+        self._file.close()
+        self._file = None
+        name = _shard_name(len(self.shards))
+        self.shards.append(FileRecord(name, self._size, self._hash.hexdigest(), self._samples))
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.tar"
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """Return a tar member: a header block that depends on name and size only, the data, the padding."""
+    info = tarfile.TarInfo(name)  # its defaults: time 0, owner 0, no names, mode 0644
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder that ends with this process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folders: then nothing is ever taken for left over
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed processes left of `out`; raise UserError where a live one is writing it."""
+    for folder in out.parent.glob(f".{escape(out.name)}.*.tmp"):  # as atomic_path names them
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another process is writing it; wait for that, or name another folder") from error
+        except OSError:
+            log.warning("%s is left over from a process that was killed or is still at work; remove it if not", folder)
+        else:
+            log.warning("removing %s, left over from a process that was killed", folder)
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)

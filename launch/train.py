@@ -1,0 +1,14 @@
+"""Train a model: `accelerate launch launch/train.py --res 1024`. The same code as `stylepipe train`."""
+
+import sys
+
+try:
+    from stylepipe.cli.main import run
+except ModuleNotFoundError as error:
+    if error.name != "stylepipe":
+        raise
+    print(f"error: {sys.executable} has no stylepipe; run `make setup` (then .venv/bin/python) or `pip install -e .`", file=sys.stderr)
+    sys.exit(2)
+
+if __name__ == "__main__":
+    sys.exit(run("train", sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""`stylepipe train --dry-run`: what a training would be, would take and would cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import yaml
+from torch import nn
+
+from stylepipe.config import Config, largest_divisor
+from stylepipe.recipes.gan import trial
+from stylepipe.training.engine import Engine
+from stylepipe.training.estimate import estimate, flops_per_image, format_duration
+from stylepipe.training.memory import GIB, free_memory
+from stylepipe.training.timing import amortised, random_batch, time_phases
+from stylepipe.training.trainer import config_mapping
+
+_CPU_SAMPLE_RES = 128  # on a CPU the speed is measured on networks of this resolution: seconds instead of minutes
+
+
+def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -> None:
+    """Print resolved settings, parameter table, and estimates of memory and time."""
+    assert isinstance(config.batch_gpu, int) and config.kimg is not None
+    print(yaml.safe_dump(config_mapping(config), sort_keys=False))
+
+    cost = estimate(partial(trial, config, c_dim, torch.device("cpu")), config, c_dim, config.batch_gpu)
+    with torch.device("meta"):
+        recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
+    for name, network in recipe.networks.items():
+        print(parameter_table(name, network))
+    print(
+        f"memory   about {cost.memory_bytes / GIB:.1f} GiB per device "
+        f"({free_memory(device) / GIB:.1f} GiB free on this {device.type})"
+    )
+    per_image = flops_per_image(recipe, cost, config.batch_gpu)
+    sec_per_kimg = per_image * 1000 / _measured_flops(config, c_dim, device) / world_size
+    print(f"work     {per_image * 1000 / 1e12:.1f} TFLOP/kimg")
+    print(f"time     about {sec_per_kimg:.3g} s/kimg on {world_size} of this device, as measured now:")
+    print(f"         {format_duration(sec_per_kimg * config.kimg)} for {config.kimg:g} kimg")
+
+
+def parameter_table(name: str, network: nn.Module) -> str:
+    """Return lines of part, number of parameters, for each block of a network and in all."""
+    rows = []
+    for child_name, child in network.named_children():
+        blocks = [(f"{child_name}.{n}", m) for n, m in child.named_children() if n.startswith("b")]
+        rows += blocks or [(child_name, child)]
+    counts = [(f"{name}.{part}", sum(p.numel() for p in module.parameters())) for part, module in rows]
+    counts.append((f"{name} in all", sum(p.numel() for p in network.parameters())))
+    return "\n".join(f"{part:<24} {count:>12,}" for part, count in counts) + "\n"
+
+
+def _measured_flops(config: Config, c_dim: int, device: torch.device) -> float:
+    """Return the floating point operations per second that training steps reach on this device, now."""
+    res = config.res if device.type == "cuda" else min(config.res, _CPU_SAMPLE_RES)
+    assert isinstance(config.batch_gpu, int)
+    batch_gpu = config.batch_gpu if device.type == "cuda" else largest_divisor(config.batch_gpu, 4)
+    config = replace(config, res=res)
+    recipe = trial(config, c_dim, device, batch_gpu)
+    engine = Engine(recipe, batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
+    seconds = amortised(engine, time_phases(engine, *random_batch(engine, res, c_dim), repeats=1)) / batch_gpu
+    cost = estimate(partial(trial, config, c_dim, torch.device("cpu")), config, c_dim, batch_gpu)
+    return flops_per_image(recipe, cost, batch_gpu) / seconds

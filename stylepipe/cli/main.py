@@ -1,0 +1,73 @@
+"""`stylepipe COMMAND ...`: finds the command, and turns a user's mistake into one message and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from stylepipe.errors import UserError
+
+# Each is a module of stylepipe.cli with a `main(argv)`, imported only when it is asked for.
+COMMANDS = {
+    "train": "train a model; on several GPUs: accelerate launch launch/train.py",
+    "prepare": "turn a folder of photographs into shards to train on",
+    "sample": "make images with a trained network",
+    "bench": "measure the speed of this machine",
+}
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `stylepipe` with these arguments, by default the process's own, and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else EXIT_MISTAKE
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"stylepipe {version('stylepipe')}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {command}: {remedy}", file=sys.stderr)
+        return EXIT_MISTAKE
+    return run(command, arguments[1:])
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Run one of COMMANDS and return the exit code; the scripts in launch/ call this.
+
+    A UserError becomes one message on stderr; with STYLEPIPE_DEBUG=1 it keeps its traceback, as any other exception does.
+    """
+    try:
+        importlib.import_module(f"stylepipe.cli.{command}").main(list(argv))
+        sys.stdout.flush()  # here, so that a closed pipe is noticed here
+    except UserError as error:
+        if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # such as `stylepipe train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
+        return EXIT_BROKEN_PIPE
+    return 0
+
+
+def _help() -> str:
+    lines = [f"  {name:<9} {purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join(
+        ["usage: stylepipe COMMAND [options]", "", "Train high-resolution GANs on many GPUs.", "", *lines, ""]
+        + ["stylepipe COMMAND --help lists the options of a command, stylepipe --version tells the version."]
+    )

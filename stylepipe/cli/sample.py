@@ -1,0 +1,186 @@
+"""`stylepipe sample`: images from a network file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stylepipe.errors import UserError
+from stylepipe.images import check_suffix, make_grid, parse_grid, save_image, to_uint8
+from stylepipe.interop.network_file import load_network
+
+DEFAULT_COUNT = 16
+MAX_SEED = 2**63 - 1
+MAX_SEEDS_IN_NAME = 60  # characters; file systems allow 255 in all
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Make images with a trained network. The same seed gives the same face on every device and in any company."""
+
+    network: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="NETWORK")]
+    """Network file that training wrote, network-<kimg>.safetensors."""
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="A-B,C")] = None
+    """One image each, such as 0-15,42. Default: as many as --grid has places, from 0 on, else 0-15."""
+    trunc: float = 1.0
+    """Truncation psi: 1 shows all that the network learnt, 0.7 fewer oddities, 0 the average face."""
+    trunc_cutoff: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Truncate only this many layers from the coarsest on. Default: all."""
+    class_index: Annotated[int | None, tyro.conf.arg(name="class", metavar="K")] = None
+    """Class to draw, from 0 on; for networks trained with labels."""
+    grid: Annotated[str | None, tyro.conf.arg(metavar="CxR")] = None
+    """One picture of C columns and R rows, such as 4x4; places without a seed stay black."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """A picture (.png or .webp), or a folder that gets one file per seed, seed0042.png. Default: below samples/,
+    named after the network: a picture with --grid, else a folder."""
+    format: Literal["png", "webp"] = "png"
+    """Kind of file wherever --out does not say it; both are without loss."""
+    noise: Literal["const", "random", "none"] = "const"
+    """Per-pixel noise: fixed with the network, drawn anew from each seed, or left out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    batch: int = 8
+    """Images at a time; fewer need less memory. Random noise takes 1."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse the options, make the images, write them, and print where they are."""
+    options = tyro.cli(SampleOptions, args=argv, prog="stylepipe sample")
+    print(sample(options))
+
+
+@torch.inference_mode()
+def sample(options: SampleOptions) -> Path:
+    """Make and write the images; return the picture or the folder.
+
+    Raises:
+        UserError: an option does not make sense, or not for this network; see `load_network` and `save_image`.
+    """
+    shape = parse_grid(options.grid) if options.grid else None
+    seeds = _seeds(options, shape)
+    if options.trunc_cutoff is not None and options.trunc_cutoff < 0:
+        raise UserError(f"--trunc-cutoff {options.trunc_cutoff}: expected a number of layers, 0 or more")
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: expected at least 1")
+    device = _device(options.device)
+    G = load_network(options.network, device)
+    c = _label(G, options.class_index, device)
+    out, single = _place(options, len(seeds))
+    bar = tqdm(_images(G, c, seeds, options), total=len(seeds), unit="img", disable=None, leave=False)
+    if not single:
+        for seed, image in zip(seeds, bar, strict=True):
+            save_image(out / f"seed{seed:04d}.{options.format}", image)
+        return out
+    columns, rows = shape or _square(len(seeds))
+    images = np.stack(list(bar))
+    missing = columns * rows - len(images)
+    cells = np.concatenate([images, np.zeros((missing, *images.shape[1:]), dtype=np.uint8)])
+    save_image(out, make_grid(cells, columns))
+    return out
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read "0-15,42" as 0, 1, ... 15, 42.
+
+    Raises:
+        UserError: it is something else.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last > MAX_SEED:
+            raise UserError(f"--seeds {text}: '{part}' found, expected numbers and rising ranges such as 0-15,42")
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
+def latents(seeds: list[int], z_dim: int) -> NDArray[np.float32]:
+    """Draw each seed's own z, [N, z_dim] standard normal; drawn on the host, so it is the same for every device."""
+    rows = [np.random.Generator(np.random.Philox(key=seed)).standard_normal(z_dim, dtype=np.float32) for seed in seeds]
+    return np.stack(rows)
+
+
+def _seeds(options: SampleOptions, shape: tuple[int, int] | None) -> list[int]:
+    places = math.prod(shape) if shape else None
+    if options.seeds is None:
+        return list(range(places or DEFAULT_COUNT))
+    seeds = parse_seeds(options.seeds)
+    if places is not None and len(seeds) > places:
+        raise UserError(f"--grid {options.grid}: {places} places for {len(seeds)} seeds; give a larger grid or fewer seeds")
+    return seeds
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _label(G: nn.Module, class_index: int | None, device: torch.device) -> Tensor | None:
+    """Return the class as [1, c_dim], or None for a network without classes."""
+    c_dim = G.config.get("c_dim", 0) if hasattr(G, "mapping") else None
+    if c_dim is None:
+        raise UserError(f"NETWORK: holds a {type(G).__name__}; expected a generator")
+    if c_dim == 0:
+        if class_index is not None:
+            raise UserError(f"--class {class_index}: this network was trained without labels; leave --class out")
+        return None
+    if class_index is None or not 0 <= class_index < c_dim:
+        found = "missing" if class_index is None else class_index
+        raise UserError(f"--class {found}: this network draws {c_dim} classes; expected 0 to {c_dim - 1}")
+    return torch.nn.functional.one_hot(torch.tensor([class_index], device=device), c_dim).float()
+
+
+def _images(G: nn.Module, c: Tensor | None, seeds: list[int], options: SampleOptions) -> Iterator[NDArray[np.uint8]]:
+    """Give each seed's image, [R, R, 3] uint8."""
+    device = next(G.parameters()).device
+    batch = 1 if options.noise == "random" else options.batch
+    for start in range(0, len(seeds), batch):
+        part = seeds[start : start + batch]
+        z = torch.from_numpy(latents(part, G.mapping.z_dim)).to(device)
+        labels = None if c is None else c.expand(len(part), -1)
+        if options.noise == "random":
+            torch.manual_seed(part[0])
+        ws = G.mapping(z, labels, truncation_psi=options.trunc, truncation_cutoff=options.trunc_cutoff)
+        img = G.synthesis(ws, noise_mode=options.noise)
+        yield from to_uint8(img).cpu().numpy()
+
+
+def _place(options: SampleOptions, count: int) -> tuple[Path, bool]:
+    """Decide where to write, and whether it is a single picture; see that the folder can be made."""
+    stem = options.network.stem + (f"-class{options.class_index}" if options.class_index is not None else "")
+    out = options.out
+    single = options.grid is not None or (out is not None and out.suffix != "" and not out.is_dir())
+    if single:
+        seeds = (options.seeds or f"0-{count - 1}").replace(" ", "")
+        name = f"{stem}-seeds{seeds if len(seeds) <= MAX_SEEDS_IN_NAME else f'-{count}'}.{options.format}"
+        out = Path("samples") / name if out is None else out / name if out.is_dir() else out
+        check_suffix(out)
+    elif out is None:
+        out = Path("samples") / stem
+    folder = out.parent if single else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror or error}; choose another one") from error
+    return out, single
+
+
+def _square(count: int) -> tuple[int, int]:
+    """Return the columns and rows of a grid that is about square."""
+    columns = math.ceil(math.sqrt(count))
+    return columns, math.ceil(count / columns)

@@ -1,0 +1,270 @@
+"""Every option of a training run, once: typed, with its help text.
+
+A field that is `None` means "as the preset says"; `stylepipe.presets.resolve` fills it, so a resolved
+`Config` holds every number and training from its file reproduces the run. Order of precedence:
+default, preset, `--config` file, flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from stylepipe.errors import UserError
+
+Architecture = Literal["skip", "resnet", "orig"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TrackerKind = Literal["wandb", "tensorboard", "none"]
+
+MIN_RES, MAX_RES = 8, 1024
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Generator and discriminator."""
+
+    z_dim: int = 512
+    """Dimensions of the input latent z."""
+    w_dim: int = 512
+    """Dimensions of the intermediate latent w."""
+    channel_base: int | None = None
+    """Feature maps at resolution r: min(channel_base / r, channel_max)."""
+    channel_max: int | None = None
+    """Most feature maps of any layer."""
+    mapping_layers: int | None = None
+    """Fully connected layers of the mapping network."""
+    g_architecture: Architecture = "skip"
+    """How the generator makes its image: sum of upsampled RGB, residual, or last layer only."""
+    d_architecture: Architecture = "resnet"
+    """How the discriminator takes its image in."""
+    mbstd_group_size: int | None = None
+    """Images compared by minibatch stddev; the largest divisor of batch_gpu up to this is used."""
+    mbstd_channels: int = 1
+    """Feature maps that minibatch stddev adds; 0 switches it off."""
+    conv_clamp: float | None = None
+    """Clamp activations to +-this; 256 where the activations are half precision."""
+    half_levels: int = 4
+    """With bf16 or fp16, how many of the highest resolutions use it; the rest stay in float32."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Non-saturating logistic loss and its lazy regularizers."""
+
+    r1_gamma: float | None = None
+    """Weight of the R1 gradient penalty."""
+    r1_interval: int = 16
+    """Steps between two R1 phases."""
+    pl_weight: float = 2.0
+    """Weight of path length regularization; 0 switches it off."""
+    pl_interval: int = 4
+    """Steps between two path length phases."""
+    pl_decay: float = 0.01
+    """How fast the running mean of path lengths follows, per phase."""
+    pl_batch_shrink: int = 2
+    """Path lengths are measured on batch / this images."""
+    style_mixing: float = 0.9
+    """Share of generated images that mix two latents."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, for both networks."""
+
+    g_lr: float | None = None
+    """Learning rate of the generator."""
+    d_lr: float | None = None
+    """Learning rate of the discriminator."""
+    beta1: float = 0.0
+    beta2: float = 0.99
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Moving average of the generator's weights; its images are the ones to look at."""
+
+    kimg: float | None = None
+    """Half-life, in thousands of images."""
+    rampup: float | None = None
+    """The half-life is at most this share of the images seen so far; 0 for no ramp-up."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    res: int = 256
+    """Resolution in pixels, a power of two from 8 to 1024."""
+    data: str | None = None
+    """A prepared folder (see `stylepipe prepare`) or a folder of photographs. Default: drawn faces, built in."""
+    preset: str | None = None
+    """Published setting to start from. Default: stylegan2 from 512 pixels on, auto below."""
+    kimg: float | None = None
+    """Length of the training, in thousands of real images shown to the discriminator."""
+    batch_size: int | None = None
+    """Images per step on all devices together."""
+    batch_gpu: int | Literal["auto"] | None = None
+    """Images at a time on one device, the rest by accumulation; auto takes the most that fits its free memory."""
+    out: str | None = None
+    """Folder of the run. Default: runs/00000-<preset>-<data>-<res>, numbered."""
+    resume: str = "auto"
+    """auto: go on from the newest state in --out; none: start anew; or the path of a state folder."""
+    seed: int = 0
+    """Seed of everything random."""
+    mirror: bool = False
+    """Show half of the images flipped left to right."""
+    cond: bool = False
+    """Train on the labels of the data."""
+    tracker: TrackerKind = "wandb"
+    """Dashboard besides the files in --out."""
+    tracker_artifacts: bool = False
+    """Also upload network files to the tracker."""
+    snapshot_kimg: float = 100
+    """Save state-<kimg>/ and network-<kimg>.safetensors this often; the last ones always are."""
+    keep_states: int = 3
+    """How many of the newest states to keep; 0 keeps all. Network files are always kept."""
+    grid_kimg: float = 20
+    """Save grids/<kimg>.png, images at fixed latents, this often."""
+    tick_kimg: float = 1
+    """Log this often."""
+    precision: Precision = "auto"
+    """Activations of the highest resolutions; auto is bf16 on GPUs that have it, else float32."""
+    workers: int | None = None
+    """Processes that decode images, per device. Default: by the number of cores."""
+    dry_run: bool = False
+    """Print the resolved settings, the networks, estimates of memory and time, and exit."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit` (both at least 1)."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def overlay(base: Any, over: Any) -> Any:
+    """Fill every `None` field of the dataclass `over` from `base`, sections included."""
+    changes = {}
+    for f in dataclasses.fields(over):
+        old, new = getattr(base, f.name), getattr(over, f.name)
+        if dataclasses.is_dataclass(new):
+            changes[f.name] = overlay(old, new)
+        elif new is None:
+            changes[f.name] = old
+    return dataclasses.replace(over, **changes)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass `cls` from nested plain values, as a YAML file gives them.
+
+    Raises:
+        UserError: an unknown key (the nearest known one is named) or a value of another type.
+            `where` names the file, and the section within it, in the message.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+            raise UserError(f"{where}: unknown option {key!r}; {hint}")
+        hint_type = hints[key]
+        if dataclasses.is_dataclass(hint_type):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}: {key} is {value!r}; expected a section of options")
+            arguments[key] = from_mapping(typing.cast(type, hint_type), value, f"{where}, section {key}")
+        else:
+            arguments[key] = _checked(value, hint_type, f"{where}: {key}")
+    return cls(**arguments)
+
+
+def validate(config: Config) -> None:
+    """Refuse values that no run could use; called on options before anything is allocated.
+
+    Raises:
+        UserError: names the option, the value found and what is accepted.
+    """
+    res = config.res
+    if not (MIN_RES <= res <= MAX_RES and res & (res - 1) == 0):
+        near = min((2**k for k in range(3, 11)), key=lambda r: abs(r - res))
+        raise UserError(f"--res {res}: expected a power of two from {MIN_RES} to {MAX_RES}; try {near}")
+    positive = {
+        "--kimg": config.kimg,
+        "--batch-size": config.batch_size,
+        "--batch-gpu": None if config.batch_gpu == "auto" else config.batch_gpu,
+        "--snapshot-kimg": config.snapshot_kimg,
+        "--grid-kimg": config.grid_kimg,
+        "--tick-kimg": config.tick_kimg,
+        "--network.z-dim": config.network.z_dim,
+        "--network.w-dim": config.network.w_dim,
+        "--network.channel-max": config.network.channel_max,
+        "--network.mapping-layers": config.network.mapping_layers,
+        "--network.mbstd-group-size": config.network.mbstd_group_size,
+        "--network.conv-clamp": config.network.conv_clamp,
+        "--loss.r1-interval": config.loss.r1_interval,
+        "--loss.pl-interval": config.loss.pl_interval,
+        "--loss.pl-batch-shrink": config.loss.pl_batch_shrink,
+        "--ema.kimg": config.ema.kimg,
+        "--optim.eps": config.optim.eps,
+    }
+    for option, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{option} {value}: expected a number above 0")
+    not_negative = {
+        "--seed": config.seed,
+        "--keep-states": config.keep_states,
+        "--workers": config.workers,
+        "--loss.r1-gamma": config.loss.r1_gamma,
+        "--loss.pl-weight": config.loss.pl_weight,
+        "--network.mbstd-channels": config.network.mbstd_channels,
+        "--network.half-levels": config.network.half_levels,
+        "--ema.rampup": config.ema.rampup,
+        "--optim.g-lr": config.optim.g_lr,
+        "--optim.d-lr": config.optim.d_lr,
+    }
+    for option, value in not_negative.items():
+        if value is not None and not value >= 0:
+            raise UserError(f"{option} {value}: expected 0 or more")
+    shares = {
+        "--loss.style-mixing": config.loss.style_mixing,
+        "--loss.pl-decay": config.loss.pl_decay,
+    }
+    for option, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{option} {value}: expected a share from 0 to 1")
+    for option, value in {"--optim.beta1": config.optim.beta1, "--optim.beta2": config.optim.beta2}.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{option} {value}: expected a decay from 0 to below 1")
+    base = config.network.channel_base
+    if base is not None and base < res:
+        raise UserError(f"--network.channel-base {base}: leaves less than one channel at {res} px; try {64 * res}")
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` if it is of type `hint` (unions and literals understood), else raise."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    choices = options if origin in (typing.Union, types.UnionType) else (hint,)
+    for choice in choices:
+        if typing.get_origin(choice) is Literal:
+            if value in typing.get_args(choice):
+                return value
+        elif choice is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return value
+    accepted = " or ".join(
+        " | ".join(map(str, typing.get_args(c))) if typing.get_origin(c) is Literal else getattr(c, "__name__", str(c))
+        for c in choices
+    )
+    raise UserError(f"{where} is {value!r}; expected {accepted}".replace("NoneType", "null"))

@@ -1,0 +1,200 @@
+"""Network files: weights, the settings that rebuild the network, and where it came from; safetensors, no pickle.
+
+The header is safetensors' own string-to-string metadata:
+
+    format              "stylepipe-network"
+    format_version      "1"
+    stylepipe_version   version of the writer
+    class               key of NETWORKS, such as "stylegan2.Generator"
+    config              JSON object: the class is called with it
+    ...                 what the writer adds: images_seen, data, preset
+
+The tensors are the network's state dict, buffers included. Any safetensors reader opens these files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
+
+FORMAT = "stylepipe-network"
+FORMAT_VERSION = 1
+
+# What may be built from a file: nothing else is imported, whatever a file says. Each class has a `config`, the keyword
+# arguments that make another of its kind.
+NETWORKS = {
+    "stylegan2.Generator": "stylepipe.networks.stylegan2:Generator",
+    "stylegan2.Discriminator": "stylepipe.networks.stylegan2:Discriminator",
+}
+
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True)
+class NetworkHeader:
+    """What a network file says about itself."""
+
+    class_name: str
+    """Key of NETWORKS."""
+    config: dict[str, Any]
+    """Keyword arguments of the class."""
+    metadata: dict[str, str]
+    """Everything else, such as images_seen."""
+
+
+def save_network(path: str | Path, network: nn.Module, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a network to `path`, whole or not at all.
+
+    Args:
+        path: by custom `network-<kimg>.safetensors`.
+        network: an instance of one of NETWORKS, on any device; it is not changed.
+        metadata: what else the header shall say, such as `images_seen`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    extra = dict(metadata or {})
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "stylepipe_version": version("stylepipe"),
+        "class": _class_name(network),
+        "config": json.dumps(network.config, sort_keys=True),
+    }
+    assert not extra.keys() & header.keys(), f"reserved: {sorted(extra.keys() & header.keys())}"
+    # A training network's tensors are views of one arena; safetensors wants each to own its memory.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in network.state_dict().items()
+    }
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=header | extra)
+    except (OSError, SafetensorError) as error:  # a full disk comes as the latter
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load_network(path: str | Path, device: str | torch.device | None = None) -> nn.Module:
+    """Build the network of a file, ready to use: in eval mode, without gradients.
+
+        G = load_network("network-000040.000.safetensors")
+        img = G(torch.randn(4, G.z_dim), truncation_psi=0.7)  # [4, 3, R, R] float32 in [-1, 1]
+
+    Args:
+        path: written by `save_network`.
+        device: where to put it; by default the CPU.
+
+    Raises:
+        UserError: there is no such file; it is something else, cut short, or made by a newer stylepipe; a tensor is
+            missing or has another shape.
+    """
+    header = read_header(path)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten: leave no trace of it
+        network = _build(path, header)
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    _check_tensors(path, network.state_dict(), tensors)
+    network.load_state_dict(tensors)
+    return network.to(device or "cpu").eval().requires_grad_(False)
+
+
+def read_header(path: str | Path) -> NetworkHeader:
+    """Read what a network file says about itself, without its weights.
+
+    Raises:
+        UserError: as `load_network`, except for tensors that do not fit.
+    """
+    fields = _read_fields(Path(path))
+    if fields.get("format") != FORMAT:
+        raise UserError(f"{path}: a safetensors file, but not a network written by stylepipe (no '{FORMAT}' in its header)")
+    found = fields.get("format_version", "")
+    if not found.isdigit() or int(found) > FORMAT_VERSION:
+        writer = fields.get("stylepipe_version", "a newer stylepipe")
+        raise UserError(
+            f"{path}: format version {found or 'missing'}, written by stylepipe {writer}; this one "
+            f"({version('stylepipe')}) reads versions up to {FORMAT_VERSION}: install a newer stylepipe"
+        )
+    class_name = fields.get("class", "")
+    if class_name not in NETWORKS:
+        raise UserError(f"{path}: holds a '{class_name}'; this stylepipe knows {', '.join(NETWORKS)}")
+    try:
+        config = json.loads(fields.get("config", ""))
+    except ValueError as error:
+        raise UserError(f"{path}: the network's settings in the header are damaged ({error})") from error
+    reserved = {"format", "format_version", "class", "config"}
+    return NetworkHeader(class_name, config, {key: value for key, value in fields.items() if key not in reserved})
+
+
+def _read_fields(path: Path) -> dict[str, str]:
+    """Read the header's strings, and see that the file has all the bytes its header announces."""
+    nothing = f"{path}: not a network file; expected one that training wrote, network-<kimg>.safetensors"
+    if path.is_dir():
+        networks = sorted(path.glob("network-*.safetensors"))
+        remedy = f"name a file in it, such as {networks[-1]}" if networks else "expected network-<kimg>.safetensors"
+        raise UserError(f"{path}: a folder; {remedy}")
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or length > _MAX_HEADER_BYTES or file.read(1) != b"{":
+                raise UserError(nothing)
+            text = b"{" + file.read(length - 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a network-<kimg>.safetensors") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(text) < length:
+        raise UserError(f"{path}: cut short within its header, at {size:,} bytes; copy or download it again")
+    try:
+        entries = json.loads(text)
+        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+        fields = entries.get("__metadata__", {})
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(nothing) from None
+    if size != 8 + length + end:
+        problem = "cut short" if size < 8 + length + end else "longer than its header says"
+        raise UserError(f"{path}: {problem}, {size:,} of {8 + length + end:,} bytes; copy or download it again")
+    return dict(fields)
+
+
+def _class_name(network: nn.Module) -> str:
+    kind = type(network)
+    name = f"{kind.__module__.rpartition('.')[2]}.{kind.__qualname__}"
+    assert name in NETWORKS, f"{name} is not in NETWORKS"
+    return name
+
+
+def _build(path: str | Path, header: NetworkHeader) -> nn.Module:
+    module, _, attribute = NETWORKS[header.class_name].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    try:
+        network: nn.Module = kind(**header.config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its settings do not make a {header.class_name}: {error}") from error
+    return network
+
+
+def _check_tensors(path: str | Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} is missing")
+        if found[name].shape != tensor.shape:
+            shapes = f"{list(found[name].shape)} found, {list(tensor.shape)} expected from the settings in its header"
+            raise UserError(f"{path}: tensor {name} has another shape: {shapes}")
+    unknown = sorted(found.keys() - expected.keys())
+    if unknown:
+        raise UserError(f"{path}: tensor {unknown[0]} has no place in the network that its header describes")

@@ -1,0 +1,262 @@
+"""Layers of style-based networks: equalized learning rate, modulated convolution, minibatch stddev.
+
+Shapes: N images, C channels, H x W pixels, activations channels_last. Stored weights have unit variance; the
+equalized learning rate (Karras et al. 2018, arXiv:1710.10196, section 4.1) multiplies by 1 / sqrt(fan_in) at run time,
+wherever that factor is cheapest. Leaky ReLU being positively homogeneous, its gain of sqrt(2) joins the same factor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from stylepipe.errors import UserError
+from stylepipe.kernels import activation_gain, bias_act, setup_filter, upfirdn2d
+
+RESAMPLE_TAPS = (1, 3, 3, 1)
+_DEMODULATION_EPS = 1e-8
+_STDDEV_EPS = 1e-8
+
+
+def to_channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x [N, C, H, W] in channels_last and in the type of the next layers; no copy where it is both already."""
+    return x.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
+    """Return x [N, F] scaled so that each row's mean square is 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+
+
+class Linear(nn.Module):
+    """Fully connected layer: y [N, out] = act(x [N, in] @ W.T + b), all float32.
+
+    The learning rate multiplier (Karras et al. 2019, arXiv:1812.04948, appendix C) divides the stored weight and
+    multiplies weight and bias at run time. Scales are applied to x, which is smaller than W.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        act: str = "linear",
+        lr_multiplier: float = 1,
+        bias_init: float = 0,
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+        self._weight_gain = lr_multiplier / math.sqrt(in_features) * activation_gain(act)
+        self._bias_gain = lr_multiplier * activation_gain(act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, in_features] to [N, out_features]."""
+        bias = self.bias if self._bias_gain == 1 else self.bias * self._bias_gain
+        y = F.linear(x * self._weight_gain, self.weight, bias)
+        return y if self.act == "linear" else bias_act(y, act=self.act, gain=1)
+
+
+class Conv2d(nn.Module):
+    """Convolution, bias, activation, gain and clamp, optionally between a FIR filter and a stride of 2, or up by 2.
+
+    Weights are float32 and are cast to the type of x, which is the output's.
+    """
+
+    resample_filter: torch.Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = True,
+        act: str = "linear",
+        down: int = 1,
+        gain: float = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.act = act
+        self.down = down
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self._bias_gain = activation_gain(act) * gain
+        self._weight_gain = self._bias_gain / math.sqrt(in_channels * kernel_size**2)
+        self._clamp = None if conv_clamp is None else conv_clamp * gain
+        self._padding = kernel_size // 2
+        if down > 1:
+            self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, in_channels, H, W] to [N, out_channels, H / down, W / down]."""
+        weight = (self.weight * self._weight_gain).to(x.dtype)
+        bias = None if self.bias is None else (self.bias * self._bias_gain).to(x.dtype)
+        if self.down > 1:
+            x = self._filter_for_stride(x)
+        # The 1x1 convolution has been strided by its filter already.
+        stride = self.down if self._padding else 1
+        padding = 0 if self.down > 1 else self._padding
+        # oneDNN adds the bias inside of the convolution; elsewhere that would be a pass of its own.
+        fused = x.device.type == "cpu"
+        y = F.conv2d(x, weight, bias if fused else None, stride=stride, padding=padding)
+        if self.act == "linear" and self._clamp is None and (fused or bias is None):
+            return y
+        return bias_act(y, None if fused else bias, act=self.act, gain=1, clamp=self._clamp)
+
+    def _filter_for_stride(self, x: torch.Tensor) -> torch.Tensor:
+        """Low-pass x before it is strided: 3x3 convolutions stride themselves and need a margin of one more."""
+        if self._padding:
+            return upfirdn2d(x, self.resample_filter, padding=1 + self._padding)
+        return upfirdn2d(x, self.resample_filter, down=self.down, padding=1)
+
+
+class UpsampleConv1x1(nn.Module):
+    """The skip of a residual synthesis block: 1x1 convolution without bias, then upsampling by 2, times `gain`."""
+
+    resample_filter: torch.Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, *, gain: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+        self._weight_gain = gain / math.sqrt(in_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, in_channels, H, W] to [N, out_channels, 2H, 2W]."""
+        x = F.conv2d(x, (self.weight * self._weight_gain).to(x.dtype))
+        return upfirdn2d(x, self.resample_filter, up=2, padding=(2, 1), gain=4)
+
+
+class SynthesisLayer(nn.Module):
+    """Modulated convolution with demodulation, noise, bias, leaky ReLU, gain and clamp.
+
+    Karras et al. 2020, arXiv:1912.04958, Eq. 1-3, in its activation form: the input is scaled by the style and the
+    output by the demodulation, so that one dense convolution serves the batch and no per-sample weight exists.
+    """
+
+    noise_const: torch.Tensor
+    resample_filter: torch.Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        w_dim: int,
+        res: int,
+        up: int = 1,
+        gain: float = 1,
+        conv_clamp: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.res = res
+        self.up = up
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.register_buffer("noise_const", torch.randn(res, res))
+        if up > 1:
+            self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+        self._act_gain = activation_gain("lrelu") * gain
+        self._clamp = None if conv_clamp is None else conv_clamp * gain
+        self._fan_in = in_channels * 9
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Map x [N, in_channels, H, W] to [N, out_channels, res, res].
+
+        Args:
+            x: the activations, channels_last; their type is the output's.
+            w: [N, w_dim] float32.
+            noise: [N or 1, 1, res, res] float32 of unit variance; None for none.
+        """
+        weight, style, demodulation = self._modulation(w, x.dtype)
+        x = x * style.to(x.dtype)
+        if self.up > 1:
+            # The weight is that of a correlation, used as it is in the transposed convolution; the FIR low-passes.
+            x = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)
+            x = upfirdn2d(x, self.resample_filter, padding=1, gain=4)
+        else:
+            x = F.conv2d(x, weight.to(x.dtype), padding=1)
+        return self._epilogue(x, demodulation, noise)
+
+    def _modulation(self, w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return weight [out, in, 3, 3], style [N, in, 1, 1] and demodulation [N, out, 1, 1], float32.
+
+        The equalized learning rate is part of the style. Demodulation makes the result independent of the scale of
+        weight and style, so for float16 both are brought to at most 1, which keeps the products in its range.
+        """
+        weight = self.weight
+        style = self.affine(w)
+        if dtype == torch.float16:
+            weight = weight / weight.abs().amax(dim=(1, 2, 3), keepdim=True)
+            style = style / style.abs().amax(dim=1, keepdim=True)
+        style = style / math.sqrt(self._fan_in)
+        energy = weight.square().sum(dim=(2, 3))
+        demodulation = (style.square() @ energy.t() + _DEMODULATION_EPS).rsqrt()
+        return weight, style[:, :, None, None], demodulation[:, :, None, None]
+
+    def _epilogue(self, x: torch.Tensor, demodulation: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Return clamp(lrelu(gain * (x * demodulation + strength * noise + bias)))."""
+        scale = (demodulation * self._act_gain).to(x.dtype)
+        if noise is None:
+            x = x * scale
+        else:
+            x = torch.addcmul((noise * (self.noise_strength * self._act_gain)).to(x.dtype), x, scale)
+        return bias_act(x, self.bias * self._act_gain, act="lrelu", gain=1, clamp=self._clamp)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to colours, without demodulation or activation, computed in float32.
+
+    The one place where per-sample weights pay: three rows of C numbers, against a pass over the activation.
+    """
+
+    def __init__(self, in_channels: int, img_channels: int, *, w_dim: int, conv_clamp: float | None = None) -> None:
+        super().__init__()
+        self.affine = Linear(w_dim, in_channels, bias_init=1)
+        self.weight = nn.Parameter(torch.randn(img_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(img_channels))
+        self._weight_gain = 1 / math.sqrt(in_channels)
+        self._clamp = conv_clamp
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Map x [N, C, H, W] (channels_last) and w [N, w_dim] to [N, img_channels, H, W] float32, channels_last."""
+        style = self.affine(w) * self._weight_gain
+        weight = self.weight.flatten(1).t() * style[:, :, None]  # [N, C, img_channels]
+        pixels = x.float().permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, C], a view
+        rgb = torch.baddbmm(self.bias, pixels, weight).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return rgb if self._clamp is None else rgb.clamp(-self._clamp, self._clamp)
+
+
+class MinibatchStdDev(nn.Module):
+    """Append the standard deviation over groups of images as further channels.
+
+    Karras et al. 2018, arXiv:1710.10196, section 3. The statistics are float32.
+    """
+
+    def __init__(self, group_size: int, num_channels: int = 1) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.num_channels = num_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, C, H, W] to [N, C + num_channels, H, W]; image n belongs to group n mod (N / group size)."""
+        n, c, h, w = x.shape
+        group = min(self.group_size, n)
+        if n % group:
+            raise UserError(
+                f"mbstd_group_size {self.group_size}: does not divide the batch of {n} images on this device; "
+                f"choose a divisor, such as {math.gcd(self.group_size, n)}, or another batch size"
+            )
+        y = x.float().reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
+        y = y - y.mean(dim=0)
+        y = (y.square().mean(dim=0) + _STDDEV_EPS).sqrt().mean(dim=(2, 3, 4))  # [N / group, num_channels]
+        y = y.to(x.dtype).repeat(group, 1)[:, :, None, None].expand(n, self.num_channels, h, w)
+        return torch.cat([x, y], dim=1)

@@ -1,0 +1,397 @@
+"""StyleGAN2: generator and discriminator.
+
+Karras et al. 2020, arXiv:1912.04958 (architecture: section 4, Fig. 7); precision as in Karras et al. 2020,
+arXiv:2006.06676, appendix D. Images are [N, img_channels, res, res] in [-1, 1], float32 at the borders of both networks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from stylepipe.errors import UserError
+from stylepipe.kernels import setup_filter, upsample2d, downsample2d
+from stylepipe.networks.layers import (
+    RESAMPLE_TAPS,
+    Conv2d,
+    Linear,
+    MinibatchStdDev,
+    SynthesisLayer,
+    ToRGB,
+    UpsampleConv1x1,
+    to_channels_last,
+)
+from stylepipe.networks.mapping import MappingNetwork
+
+ARCHITECTURES = ("skip", "resnet", "orig")
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_RESIDUAL_GAIN = math.sqrt(0.5)
+_LOWEST_RES = 4
+
+
+class Levels:
+    """Channels and activation type of every resolution from 4 to `res`."""
+
+    def __init__(
+        self, res: int, channel_base: int, channel_max: int, half_levels: int, half_dtype: torch.dtype | None
+    ) -> None:
+        if res < _LOWEST_RES or res & (res - 1):
+            raise UserError(f"res {res}: expected a power of two from {_LOWEST_RES} up, such as 256 or 1024")
+        self.res = res
+        self.resolutions = [2**i for i in range(2, res.bit_length())]
+        self.channels = {r: min(channel_base // r, channel_max) for r in self.resolutions}
+        if min(self.channels.values()) < 1:
+            raise UserError(f"channel_base {channel_base}: leaves no channel at {res} px; expected at least {res}")
+        half = self.resolutions[1:][-half_levels:] if half_levels > 0 and half_dtype is not None else []
+        self.dtypes = {r: half_dtype if half_dtype and r in half else torch.float32 for r in self.resolutions}
+
+
+class Generator(nn.Module):
+    """Maps latents to images: `mapping(z, c) -> ws`, `synthesis(ws) -> img`, or both in one call."""
+
+    def __init__(
+        self,
+        res: int,
+        *,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        c_dim: int = 0,
+        img_channels: int = 3,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        mapping_layers: int = 8,
+        architecture: str = "skip",
+        conv_clamp: float | None = None,
+        half_levels: int = 0,
+        half_dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """Build with random weights from torch's default generator.
+
+        Args:
+            res: image size in pixels, a power of two from 4.
+            z_dim, w_dim: sizes of latent and style.
+            c_dim: number of labels, 0 for none.
+            img_channels: colours.
+            channel_base, channel_max: resolution r has min(channel_base / r, channel_max) channels.
+            mapping_layers: depth of the mapping network.
+            architecture: skip (sum of upsampled RGB), resnet or orig.
+            conv_clamp: limit of activations, meant for float16; None for none.
+            half_levels: how many of the highest resolutions run their activations in `half_dtype` (never 4 px).
+            half_dtype: float16 or bfloat16, by name or as torch.dtype.
+        """
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "res": res,
+            "z_dim": z_dim,
+            "w_dim": w_dim,
+            "c_dim": c_dim,
+            "img_channels": img_channels,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "mapping_layers": mapping_layers,
+            "architecture": architecture,
+            "conv_clamp": conv_clamp,
+            "half_levels": half_levels,
+            "half_dtype": _dtype_name(half_dtype),
+        }
+        levels = Levels(res, channel_base, channel_max, half_levels, _dtype(half_dtype))
+        self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, _checked(architecture), conv_clamp)
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
+
+    def forward(
+        self,
+        z: torch.Tensor,
+        c: torch.Tensor | None = None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "const",
+    ) -> torch.Tensor:
+        """Return img [N, img_channels, res, res] float32, about in [-1, 1], of z [N, z_dim] and c [N, c_dim]."""
+        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff), noise_mode=noise_mode)
+
+
+class SynthesisNetwork(nn.Module):
+    """Maps ws to images through blocks b4, b8, ... of doubling resolution.
+
+    Attributes:
+        num_ws: styles that one image takes: one per convolution and one for the last toRGB. The toRGB of a block in
+            between shares its style with the next block's first convolution.
+        noise_size: random numbers that one image takes.
+    """
+
+    def __init__(
+        self, levels: Levels, w_dim: int, img_channels: int, architecture: str, conv_clamp: float | None
+    ) -> None:
+        super().__init__()
+        self.resolutions = levels.resolutions
+        for res in levels.resolutions:
+            block = SynthesisBlock(levels, res, w_dim, img_channels, architecture, conv_clamp)
+            self.add_module(f"b{res}", block)
+        self.num_ws = sum(len(block.layers()) for block in self.blocks()) + 1
+        self.noise_size = sum(layer.res**2 for block in self.blocks() for layer in block.layers())
+
+    def blocks(self) -> list[SynthesisBlock]:
+        """Return the blocks from 4 px up."""
+        return [getattr(self, f"b{res}") for res in self.resolutions]
+
+    def forward(self, ws: torch.Tensor, noise_mode: str = "random", noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Return img [N, img_channels, res, res] float32, channels_last.
+
+        Args:
+            ws: [N, num_ws, w_dim] float32.
+            noise_mode: random (fresh, or taken from `noise`), const (the buffers noise_const) or none.
+            noise: [N, noise_size] float32 normal, used when noise_mode is random; None draws it here.
+        """
+        if noise_mode not in ("random", "const", "none"):
+            raise ValueError(f"noise_mode {noise_mode!r}: expected random, const or none")
+        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
+            raise ValueError(f"ws of shape {list(ws.shape)}: expected [N, {self.num_ws}, w_dim]")
+        if noise_mode == "random" and noise is None:
+            noise = torch.randn(ws.shape[0], self.noise_size, device=ws.device)
+        styles = ws.unbind(dim=1)
+        x: torch.Tensor | None = None
+        img: torch.Tensor | None = None
+        first_w = first_noise = 0
+        for block in self.blocks():
+            noises: list[torch.Tensor | None] = []
+            for layer in block.layers():
+                if noise_mode == "random":
+                    assert noise is not None
+                    flat = noise[:, first_noise : first_noise + layer.res**2]
+                    noises.append(flat.view(-1, 1, layer.res, layer.res))
+                    first_noise += layer.res**2
+                else:
+                    noises.append(layer.noise_const[None, None] if noise_mode == "const" else None)
+            x, img = block(x, img, styles[first_w : first_w + len(noises) + 1], noises)
+            first_w += len(noises)
+        assert img is not None
+        return img
+
+
+class SynthesisBlock(nn.Module):
+    """The layers of one resolution."""
+
+    resample_filter: torch.Tensor
+
+    def __init__(
+        self,
+        levels: Levels,
+        res: int,
+        w_dim: int,
+        img_channels: int,
+        architecture: str,
+        conv_clamp: float | None,
+    ) -> None:
+        super().__init__()
+        self.dtype = levels.dtypes[res]
+        self.first = res == _LOWEST_RES
+        channels = levels.channels[res]
+        residual = architecture == "resnet" and not self.first
+        if self.first:
+            self.const = nn.Parameter(torch.randn(channels, res, res))
+        else:
+            below = levels.channels[res // 2]
+            self.conv0 = SynthesisLayer(below, channels, w_dim=w_dim, res=res, up=2, conv_clamp=conv_clamp)
+        gain = _RESIDUAL_GAIN if residual else 1
+        self.conv1 = SynthesisLayer(channels, channels, w_dim=w_dim, res=res, gain=gain, conv_clamp=conv_clamp)
+        self.torgb = (
+            ToRGB(channels, img_channels, w_dim=w_dim, conv_clamp=conv_clamp)
+            if architecture == "skip" or res == levels.res
+            else None
+        )
+        self.skip = UpsampleConv1x1(below, channels, gain=_RESIDUAL_GAIN) if residual else None
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+
+    def layers(self) -> list[SynthesisLayer]:
+        """Return the block's convolutions in the order of their styles and noise."""
+        return [self.conv1] if self.first else [self.conv0, self.conv1]
+
+    def forward(
+        self,
+        x: torch.Tensor | None,
+        img: torch.Tensor | None,
+        styles: tuple[torch.Tensor, ...],
+        noises: list[torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return activations [N, C, res, res] and image [N, img_channels, res, res] of those at half the size.
+
+        `styles` are one [N, w_dim] per convolution and one for toRGB, `noises` one [N or 1, 1, res, res] or None per
+        convolution.
+        """
+        if x is None:
+            x = self.const.expand(styles[0].shape[0], -1, -1, -1)
+        x = to_channels_last(x, self.dtype)
+        shortcut = None if self.skip is None else self.skip(x)
+        for layer, style, noise in zip(self.layers(), styles, noises, strict=False):
+            x = layer(x, style, noise)
+        if shortcut is not None:
+            x = x + shortcut
+        if img is not None:
+            img = upsample2d(img, self.resample_filter)
+        if self.torgb is not None:
+            rgb = self.torgb(x, styles[-1])
+            img = rgb if img is None else img + rgb
+        return x, img
+
+
+class Discriminator(nn.Module):
+    """Maps images to logits, positive for real, through blocks of halving resolution."""
+
+    def __init__(
+        self,
+        res: int,
+        *,
+        c_dim: int = 0,
+        img_channels: int = 3,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        architecture: str = "resnet",
+        mbstd_group_size: int = 4,
+        mbstd_channels: int = 1,
+        conv_clamp: float | None = None,
+        half_levels: int = 0,
+        half_dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """Build with random weights from torch's default generator.
+
+        Args:
+            mbstd_group_size: images per group of the minibatch standard deviation, at most the batch; must divide it.
+            mbstd_channels: channels that it appends.
+            res, c_dim, img_channels, channel_base, channel_max, conv_clamp, half_levels, half_dtype: as Generator.
+            architecture: resnet (residual blocks), skip (fromRGB at every resolution) or orig.
+        """
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "res": res,
+            "c_dim": c_dim,
+            "img_channels": img_channels,
+            "channel_base": channel_base,
+            "channel_max": channel_max,
+            "architecture": architecture,
+            "mbstd_group_size": mbstd_group_size,
+            "mbstd_channels": mbstd_channels,
+            "conv_clamp": conv_clamp,
+            "half_levels": half_levels,
+            "half_dtype": _dtype_name(half_dtype),
+        }
+        levels = Levels(res, channel_base, channel_max, half_levels, _dtype(half_dtype))
+        self.resolutions = levels.resolutions
+        for r in reversed(levels.resolutions[1:]):
+            self.add_module(f"b{r}", DiscriminatorBlock(levels, r, img_channels, _checked(architecture), conv_clamp))
+        cmap_dim = levels.channels[_LOWEST_RES]
+        self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if c_dim > 0 else None
+        self.b4 = DiscriminatorEpilogue(
+            levels, img_channels, _checked(architecture), MinibatchStdDev(mbstd_group_size, mbstd_channels),
+            cmap_dim if c_dim > 0 else 0, conv_clamp,
+        )
+
+    def forward(self, img: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits [N, 1] float32 of img [N, img_channels, res, res] and c [N, c_dim]."""
+        res = self.resolutions[-1]
+        if img.ndim != 4 or img.shape[2:] != (res, res):
+            raise ValueError(f"img of shape {list(img.shape)}: expected [N, C, {res}, {res}]")
+        x: torch.Tensor | None = None
+        img = to_channels_last(img, torch.float32)
+        for r in reversed(self.resolutions[1:]):
+            x, img = getattr(self, f"b{r}")(x, img)
+        cmap = None if self.mapping is None else self.mapping(None, c)
+        return self.b4(x, img, cmap)
+
+
+class DiscriminatorBlock(nn.Module):
+    """The layers of one resolution above 4 px, which halve it."""
+
+    resample_filter: torch.Tensor
+
+    def __init__(
+        self, levels: Levels, res: int, img_channels: int, architecture: str, conv_clamp: float | None
+    ) -> None:
+        super().__init__()
+        self.dtype = levels.dtypes[res]
+        self.passes_image_on = architecture == "skip"
+        channels, below = levels.channels[res], levels.channels[res // 2]
+        residual = architecture == "resnet"
+        self.fromrgb = (
+            Conv2d(img_channels, channels, 1, act="lrelu", conv_clamp=conv_clamp)
+            if architecture == "skip" or res == levels.res
+            else None
+        )
+        self.conv0 = Conv2d(channels, channels, 3, act="lrelu", conv_clamp=conv_clamp)
+        gain = _RESIDUAL_GAIN if residual else 1
+        self.conv1 = Conv2d(channels, below, 3, act="lrelu", down=2, gain=gain, conv_clamp=conv_clamp)
+        self.skip = Conv2d(channels, below, 1, bias=False, down=2, gain=_RESIDUAL_GAIN) if residual else None
+        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+
+    def forward(self, x: torch.Tensor | None, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return activations [N, C, res / 2, res / 2], and the image halved too where the next block reads it."""
+        x = _add_rgb(x, img, self.fromrgb, self.dtype)
+        shortcut = None if self.skip is None else self.skip(x)
+        x = self.conv1(self.conv0(x))
+        if shortcut is not None:
+            x = x + shortcut
+        return x, downsample2d(img, self.resample_filter) if self.passes_image_on else img
+
+
+class DiscriminatorEpilogue(nn.Module):
+    """The last block, from 4x4 activations to logits, in float32."""
+
+    def __init__(
+        self,
+        levels: Levels,
+        img_channels: int,
+        architecture: str,
+        mbstd: MinibatchStdDev,
+        cmap_dim: int,
+        conv_clamp: float | None,
+    ) -> None:
+        super().__init__()
+        channels = levels.channels[_LOWEST_RES]
+        self.fromrgb = (
+            Conv2d(img_channels, channels, 1, act="lrelu", conv_clamp=conv_clamp)
+            if architecture == "skip" or levels.res == _LOWEST_RES
+            else None
+        )
+        self.mbstd = mbstd
+        self.conv = Conv2d(channels + mbstd.num_channels, channels, 3, act="lrelu", conv_clamp=conv_clamp)
+        self.fc = Linear(channels * _LOWEST_RES**2, channels, act="lrelu")
+        self.out = Linear(channels, cmap_dim or 1)
+        self._cmap_gain = 1 / math.sqrt(max(cmap_dim, 1))
+
+    def forward(self, x: torch.Tensor | None, img: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
+        """Return logits [N, 1]; cmap [N, cmap_dim] projects the labels (None without labels)."""
+        x = _add_rgb(x, img, self.fromrgb, torch.float32)
+        x = self.conv(self.mbstd(x))
+        x = self.out(self.fc(x.flatten(1)))
+        return x if cmap is None else (x * cmap).sum(dim=1, keepdim=True) * self._cmap_gain
+
+
+def _add_rgb(x: torch.Tensor | None, img: torch.Tensor, fromrgb: Conv2d | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the block's input in its type: x, the image's features, or their sum. fromRGB is float32."""
+    if fromrgb is None:
+        assert x is not None
+        return to_channels_last(x, dtype)
+    features = to_channels_last(fromrgb(img), dtype)
+    return features if x is None else to_channels_last(x, dtype) + features
+
+
+def _checked(architecture: str) -> str:
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
+    return architecture
+
+
+def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    name = _dtype_name(dtype)
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise UserError(f"half_dtype {name!r}: expected one of {', '.join(_DTYPES)}, or None for float32")
+    return _DTYPES[name]

@@ -1,0 +1,23 @@
+"""StyleGAN2 as the ADA paper trains it at 1024 pixels: configuration F with a weaker R1.
+
+Paper:     Karras et al. 2020, "Training GANs with Limited Data", arXiv:2006.06676
+Command:   accelerate launch launch/train.py --res 1024 --preset paper1024 --data PHOTOGRAPHS --mirror
+Hardware:  8 GPUs, 4 images each; any other number reaches batch 32 by accumulation
+Expected:  as configuration F at 1024 pixels (no separate figure is published for FFHQ)
+"""
+
+from __future__ import annotations
+
+from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig, OptimConfig
+
+
+def preset(res: int, world_size: int, batch_size: int | None) -> Config:
+    return Config(
+        kimg=25_000,
+        batch_size=batch_size or 32,
+        batch_gpu=4,
+        network=NetworkConfig(channel_base=32768, channel_max=512, mapping_layers=8, mbstd_group_size=4),
+        loss=LossConfig(r1_gamma=2.0),
+        optim=OptimConfig(g_lr=0.002, d_lr=0.002),
+        ema=EMAConfig(kimg=10.0, rampup=0.0),
+    )

@@ -1,0 +1,53 @@
+"""One contiguous buffer for all parameters of a network, and one for their gradients.
+
+Averaging over processes, optimizer, moving average, finite check and checkpoint each touch one tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 16  # float32 numbers: 64 bytes, a cache line and more than any vector load needs
+
+
+class Arena:
+    """Move the parameters of `module` into one buffer; each stays a view of it, and so does its `.grad`.
+
+    Attributes:
+        params: [total] float32, a leaf that an optimizer can be given. Gaps between parameters are 0.
+        grad: [total] float32 = `params.grad`, or None without `with_grad`.
+        layout: shape of each parameter by name, in order.
+    """
+
+    def __init__(self, module: nn.Module, with_grad: bool = True) -> None:
+        self.module = module
+        named = dict(module.named_parameters())
+        self.layout = {name: list(p.shape) for name, p in named.items()}
+        offsets, total = {}, 0
+        for name, p in named.items():
+            assert p.dtype == torch.float32, f"{name} is {p.dtype}; master weights are float32"
+            offsets[name] = total
+            total += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
+        device = next(iter(named.values())).device
+        buffer = torch.zeros(total, device=device)
+        self.grad: Tensor | None = torch.zeros(total, device=device) if with_grad else None
+        for name, p in named.items():
+            window = slice(offsets[name], offsets[name] + p.numel())
+            view = buffer[window].view(p.shape)
+            view.copy_(p.detach())
+            p.data = view
+            if self.grad is not None:
+                p.grad = self.grad[window].view(p.shape)
+        self.params = nn.Parameter(buffer, requires_grad=with_grad)
+        self.params.grad = self.grad
+
+    def zero_grad(self) -> None:
+        assert self.grad is not None
+        self.grad.zero_()
+
+
+def mark_trained(module: nn.Module, trained: bool) -> None:
+    """Let gradients flow to the parameters of `module`, or not."""
+    for p in module.parameters():
+        p.requires_grad_(trained)

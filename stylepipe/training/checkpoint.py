@@ -1,0 +1,142 @@
+"""States: folders `state-<kimg>/` with all that exact resuming needs.
+
+A state is two files: `state.safetensors`, the engine's tensors, and `state.json`, what they belong to and the digest of
+the first. The folder appears in one rename, so one that has its name is whole unless the disk lost something since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"state-\d{6,}\.\d{3}")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a state folder holds.
+
+    Attributes:
+        path: the folder.
+        images_seen: where on the training's clock it was saved.
+        tensors: the engine's tensors by name, on the CPU.
+        layout: shape of every parameter, by network and name.
+        info: everything else, such as the tracker's run id.
+    """
+
+    path: Path
+    images_seen: int
+    tensors: Mapping[str, Tensor]
+    layout: Mapping[str, Mapping[str, list[int]]]
+    info: Mapping[str, Any]
+
+
+def kimg_name(images_seen: int) -> str:
+    """Return the image counter as it stands in file names, which sort by it: 40,000 images are `000040.000`."""
+    return f"{images_seen / 1000:010.3f}"
+
+
+def save_state(
+    out: Path,
+    images_seen: int,
+    tensors: Mapping[str, Tensor],
+    layout: Mapping[str, Mapping[str, list[int]]],
+    info: Mapping[str, Any],
+) -> Path:
+    """Write `out/state-<kimg>/` and return it; one of that name that is there already is replaced."""
+    path = out / f"state-{kimg_name(images_seen)}"
+    if path.exists():
+        shutil.rmtree(path)
+    with atomic_path(path) as folder:
+        folder.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
+        description = {
+            "format_version": FORMAT_VERSION,
+            "images_seen": images_seen,
+            "sha256": _sha256(folder / "state.safetensors"),
+            "layout": layout,
+            "info": info,
+        }
+        (folder / "state.json").write_text(json.dumps(description, indent=1) + "\n")
+    return path
+
+
+def load_state(path: Path) -> State:
+    """Read a state folder.
+
+    Raises:
+        UserError: no such folder, not a state, a newer format, or content that is not as it was written.
+    """
+    if not path.is_dir():
+        raise UserError(f"--resume {path}: no such folder; expected one named state-<kimg>")
+    remedy = "delete that folder to go on from an older one, or give another with --resume"
+    try:
+        description = json.loads((path / "state.json").read_text())
+        version = description["format_version"]
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: state of format {version}, but this stylepipe reads up to {FORMAT_VERSION}; upgrade it"
+            )
+        tensor_file = path / "state.safetensors"
+        if _sha256(tensor_file) != description["sha256"]:
+            raise UserError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
+        return State(
+            path, description["images_seen"], load_file(tensor_file), description["layout"], description["info"]
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not a whole state, {Path(error.filename).name} is missing; {remedy}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable state ({error}); {remedy}") from error
+
+
+def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> None:
+    """Check that a state belongs to networks of this layout.
+
+    Raises:
+        UserError: names the first parameter that differs and both shapes.
+    """
+    for network, shapes in layout.items():
+        found = state.layout.get(network, {})
+        for name in [*shapes, *found]:
+            if list(shapes.get(name, ())) != list(found.get(name, ())) or (name in shapes) != (name in found):
+                raise UserError(
+                    f"{state.path}: checkpoint of other networks: {network}.{name} is {found.get(name, 'absent')} there "
+                    f"and {shapes.get(name, 'absent')} with these settings; use the settings of that run (its "
+                    f"config.yaml, with --config), or another --out"
+                )
+
+
+def newest_state(out: Path) -> Path | None:
+    """Return the state folder in `out` with the most images seen, if there is any."""
+    return max(_states(out), default=None)
+
+
+def prune_states(out: Path, keep: int) -> None:
+    """Delete all but the newest `keep` states of `out`; 0 keeps all."""
+    for path in sorted(_states(out))[:-keep] if keep else []:
+        shutil.rmtree(path)
+
+
+def _states(out: Path) -> list[Path]:
+    if not out.is_dir():
+        return []
+    return [path for path in out.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

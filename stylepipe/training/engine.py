@@ -1,0 +1,160 @@
+"""One training step: run the phases that are due, average, update, follow the average.
+
+Nothing in a step waits for the device: statistics stay there until the next tick, and what varies in time reaches it
+as a device scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stylepipe.config import EMAConfig, OptimConfig
+from stylepipe.datasets.reader import Batch
+from stylepipe.training.arena import Arena, mark_trained
+from stylepipe.training.distributed import average_
+from stylepipe.training.ema import EMA, ema_decay
+from stylepipe.training.growth import Stage
+from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
+
+
+class Engine:
+    """Trains the networks of a recipe, one batch after another.
+
+    Args:
+        recipe: networks on their device, and what to do with them.
+        batch_gpu: images that one device works on at a time; divides this process's share of every batch.
+        optim: Adam's settings.
+        ema: half-life of the averages.
+        rank, world_size: which of how many processes this is.
+
+    Image i of a batch of B belongs to micro-batch i mod (B / batch_gpu), and micro-batch s to process s mod world_size.
+    So the same images meet in minibatch stddev, whatever the number of processes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, *, batch_gpu: int, optim: OptimConfig, ema: EMAConfig, rank: int = 0, world_size: int = 1
+    ) -> None:
+        assert ema.kimg is not None and ema.rampup is not None
+        self.recipe = recipe
+        self.batch_gpu = batch_gpu
+        self.rank, self.world_size = rank, world_size
+        self.images_seen = 0
+        self.arenas = {name: Arena(network) for name, network in recipe.networks.items()}
+        self.averages = {name: EMA(network, self.arenas[name]) for name, network in recipe.averaged.items()}
+        self.optimizers = {name: self._optimizer(name, optim) for name in self.arenas}
+        self.device = next(iter(self.arenas.values())).params.device
+        self.record = Record(self.device)
+        self._ema = (ema.kimg, ema.rampup)
+        for network in recipe.networks.values():
+            network.train()
+            mark_trained(network, False)
+
+    def step(self, batch: Batch) -> None:
+        """Take one step on this process's share of a batch; counts the whole batch as seen."""
+        stage = self.recipe.schedule.at(self.images_seen)
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        for phase in self.recipe.phases:
+            if stage.step % phase.interval == 0:
+                self.run_phase(phase, stage, images, labels)
+        self.images_seen += stage.batch_size
+        for average in self.averages.values():
+            average.update(ema_decay(self.images_seen, stage.batch_size, *self._ema))
+
+    def run_phase(self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor) -> None:
+        """Update one network.
+
+        Args:
+            images: [batch_size / world_size, H, W, 3] uint8 on the device, this process's share in order of position.
+            labels: [batch_size / world_size, c_dim] float32 on the device.
+        """
+        arena, optimizer = self.arenas[phase.trains], self.optimizers[phase.trains]
+        rounds = len(images) // self.batch_gpu
+        assert rounds * self.batch_gpu == len(images) == stage.batch_size // self.world_size
+        mark_trained(arena.module, True)
+        trained = list(arena.module.parameters())
+        arena.zero_grad()
+        for index in range(rounds):
+            micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
+            for term in phase.loss(micro_batch, self.record):
+                (term * (phase.interval / rounds)).backward(inputs=trained)
+        mark_trained(arena.module, False)
+
+        averages = self.record.take_averages(rounds)
+        assert arena.grad is not None
+        if self.world_size > 1:
+            average_([arena.grad, *averages.values()])
+        # One look at all gradients; where any is not finite, the optimizer skips the update on the device.
+        norm = torch.linalg.vector_norm(arena.grad)
+        failed = norm.isfinite().logical_not().float()
+        self.record.stat(f"Gradient/{phase.name}/norm", norm)
+        self.record.stat(f"Gradient/{phase.name}/not_finite", failed)
+        optimizer.found_inf = failed  # type: ignore[attr-defined]
+        optimizer.param_groups[0]["lr"].fill_(optimizer.param_groups[0]["initial_lr"] * stage.lr_multiplier)
+        optimizer.step()
+        phase.after(averages)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every tensor that exact resuming needs, by name, without copying."""
+        tensors = {f"recipe.{name}": tensor for name, tensor in self.recipe.state.items()}
+        for name, arena in self.arenas.items():
+            tensors[f"{name}.params"] = arena.params.detach()
+            tensors |= {f"{name}.{key}": value for key, value in self._adam_state(name).items()}
+            tensors |= {f"{name}.buffer.{key}": value for key, value in arena.module.named_buffers()}
+        for name, average in self.averages.items():
+            tensors[f"{name}.average"] = average.arena.params.detach()
+            tensors |= {f"{name}.average.buffer.{k}": v for k, v in average.arena.module.named_buffers()}
+        return tensors
+
+    def layout(self) -> dict[str, dict[str, list[int]]]:
+        """Return the shape of every parameter by network and name: what a state must fit."""
+        return {name: arena.layout for name, arena in self.arenas.items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], images_seen: int) -> None:
+        """Take over what `state` returned; names and shapes must be those of this engine."""
+        self.images_seen = images_seen
+        for name, tensor in self.state().items():
+            tensor.copy_(tensors[name])
+
+    def _optimizer(self, name: str, optim: OptimConfig) -> torch.optim.Adam:
+        """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).
+
+        c = k / (k + 1) for interval k; lr and the exponents of both betas are multiplied by c.
+        """
+        interval = max(phase.interval for phase in self.recipe.phases if phase.trains == name)
+        correction = interval / (interval + 1) if interval > 1 else 1.0
+        learning_rate = self.recipe.learning_rates[name] * correction
+        params = self.arenas[name].params
+        return torch.optim.Adam(
+            [{"params": [params], "initial_lr": learning_rate}],
+            lr=torch.tensor(learning_rate, device=params.device),
+            betas=(optim.beta1**correction, optim.beta2**correction),
+            eps=optim.eps,
+            fused=True,
+        )
+
+    def _adam_state(self, name: str) -> dict[str, Tensor]:
+        """Return step count and moments, made now if no step has been taken."""
+        params = self.arenas[name].params
+        state = self.optimizers[name].state[params]
+        if not state:
+            state["step"] = torch.zeros((), device=params.device)
+            state["exp_avg"] = torch.zeros_like(params)
+            state["exp_avg_sq"] = torch.zeros_like(params)
+        return {"adam_" + key: value for key, value in state.items()}
+
+    def _micro_batch(
+        self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor, index: int, rounds: int
+    ) -> MicroBatch:
+        stride = rounds * self.world_size
+        first = self.images_seen + index * self.world_size + self.rank
+        positions = list(range(first, self.images_seen + stage.batch_size, stride))
+        img = None
+        if phase.uses_reals:
+            img = images[index::rounds].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+            img.div_(127.5).sub_(1)
+        return MicroBatch(positions, stage, img, labels[index::rounds])

@@ -1,0 +1,129 @@
+"""What the engine runs, and what a recipe must offer it.
+
+A recipe names its networks and phases; the engine knows neither generator nor discriminator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stylepipe.training.growth import Schedule, Stage
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images that one device works on at a time.
+
+    Attributes:
+        positions: where each image stands in the endless order of the training.
+        stage: the setting of this step.
+        img: [N, 3, H, W] float32 in [-1, 1], channels_last, or None if the phase uses no real images.
+        c: [N, c_dim] float32 labels of `img`; c_dim may be 0.
+    """
+
+    positions: list[int]
+    stage: Stage
+    img: Tensor | None
+    c: Tensor
+
+
+class Record:
+    """Take what phases report, on the device, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.histograms: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
+
+    def stat(self, name: str, values: Tensor) -> None:
+        """Add `values` of any shape to the mean that the next tick reports under `name`."""
+        values = values.detach()
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self._sums[name] += torch.stack([values.double().sum(), self._count(values)])
+
+    def histogram(self, name: str, values: Tensor) -> None:
+        """Keep the latest `values` for the next tick."""
+        self.histograms[name] = values.detach().flatten()
+
+    def average(self, name: str, value: Tensor) -> None:
+        """Offer a tensor whose mean over micro-batches and processes `Phase.after` will be given."""
+        value = value.detach()
+        self._averages[name] = self._averages[name] + value if name in self._averages else value
+
+    def take_averages(self, rounds: int) -> dict[str, Tensor]:
+        """Return the means over `rounds` micro-batches, and start anew."""
+        averages = {name: total / rounds for name, total in self._averages.items()}
+        self._averages = {}
+        return averages
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Return [2] float64 (sum, count) for each statistic, and start anew."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def _count(self, values: Tensor) -> Tensor:
+        return torch.full((), values.numel(), device=self.device, dtype=torch.float64)
+
+
+def _nothing(averages: Mapping[str, Tensor]) -> None:
+    del averages
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update of one network.
+
+    A phase with interval k > 1 is a lazy regularizer (Karras et al. 2020, arXiv:1912.04958, appendix B): it runs every
+    k-th step with k times its loss. The engine corrects the optimizer of its network for the extra updates.
+
+    Attributes:
+        name: as it stands in statistics, `G/main`.
+        trains: name of the network that it updates.
+        interval: steps from one run to the next.
+        loss: yields the terms of the loss on one micro-batch, each a scalar. The engine back-propagates a term
+            before it asks for the next, so that only one graph is alive.
+        uses_reals: whether `MicroBatch.img` is filled.
+        after: is given the averages that `loss` recorded, when the update is done.
+    """
+
+    name: str
+    trains: str
+    interval: int
+    loss: Callable[[MicroBatch, Record], Iterator[Tensor]]
+    uses_reals: bool = False
+    after: Callable[[Mapping[str, Tensor]], None] = field(default=_nothing)
+
+
+class Recipe(Protocol):
+    """Networks, phases, what to sample and what to export.
+
+    Attributes:
+        networks: each trained network by name.
+        averaged: for some of them, a copy that follows as moving average.
+        phases: in the order of a step.
+        learning_rates: of each network, before the correction for lazy phases.
+        schedule: the stage at every point of the image counter.
+        state: further tensors that resuming needs, by name; changed in place.
+    """
+
+    networks: Mapping[str, nn.Module]
+    averaged: Mapping[str, nn.Module]
+    phases: Sequence[Phase]
+    learning_rates: Mapping[str, float]
+    schedule: Schedule
+    state: Mapping[str, Tensor]
+
+    def sample(self, count: int, batch_gpu: int) -> Tensor:
+        """Return `count` images at fixed latents, [N, H, W, 3] uint8 on the host."""
+        ...
+
+    def export(self) -> nn.Module:
+        """Return the network that users of the model want."""
+        ...

@@ -1,0 +1,145 @@
+"""What a run says while it runs: a live bar or plain lines, log.txt and stats.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from stylepipe.files import atomic_path
+
+BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
+
+
+class Progress:
+    """Shows how far the training is: a live bar in a terminal, one plain line per tick elsewhere.
+
+        with Progress(total_kimg, images_seen) as progress:
+            progress.update(images_seen)                      # after each step
+            progress.tick(line, {"G": 0.7, "D": 1.1})         # after each tick
+
+    Args:
+        total_kimg: length of the training.
+        images_seen: where it starts or goes on.
+        shown: False on every process but the main one: then nothing is printed.
+        stream: where to print; by default standard error for the bar and standard output for lines.
+    """
+
+    def __init__(
+        self, total_kimg: float, images_seen: int = 0, *, shown: bool = True, stream: TextIO | None = None
+    ) -> None:
+        self._shown = shown
+        self._lines = stream or sys.stdout
+        screen = stream or sys.stderr
+        self._bar: tqdm[None] | None = None
+        if shown and screen.isatty():
+            self._bar = tqdm(
+                total=total_kimg,
+                initial=images_seen / 1000,
+                unit="kimg",
+                bar_format=BAR_FORMAT,
+                dynamic_ncols=True,
+                leave=False,
+                file=screen,
+                smoothing=0.05,  # a mean over the last few dozen steps: lazy regularizers make single ones uneven
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, images_seen: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(images_seen / 1000 - self._bar.n)
+
+    def tick(self, line: str, losses: Mapping[str, float]) -> None:
+        """Show the newest losses beside the bar; without a bar, print the line."""
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        elif self._shown:
+            print(line, file=self._lines, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._bar.fp)
+        elif self._shown:
+            print(text, file=self._lines, flush=True)
+
+    def close(self) -> None:
+        """Wipe the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class RunLog:
+    """Appends to a run's log.txt and stats.jsonl; every line is on its way to the disk when the call returns.
+
+    Each line of log.txt begins with the kimg at which it was written, each object of stats.jsonl with images_seen.
+
+    Args:
+        out: the run's folder, which exists.
+        resume_from_images_seen: drop what an interrupted run wrote later than this; None starts both files anew.
+    """
+
+    def __init__(self, out: Path, resume_from_images_seen: int | None = None) -> None:
+        self.images_seen = resume_from_images_seen or 0
+        for name, position in (("log.txt", _log_position), ("stats.jsonl", _stats_position)):
+            if resume_from_images_seen is not None:
+                _drop_later_lines(out / name, position, resume_from_images_seen)
+        mode = "w" if resume_from_images_seen is None else "a"
+        self._log = open(out / "log.txt", mode, buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered
+        self._stats = open(out / "stats.jsonl", mode, buffering=1, encoding="utf-8")  # noqa: SIM115
+
+    def line(self, text: str) -> None:
+        """Append text to log.txt, each of its lines with the kimg of the last `stats`."""
+        for part in text.splitlines() or [""]:
+            self._log.write(f"{self.images_seen / 1000:10.3f} | {part}".rstrip() + "\n")
+
+    def stats(self, images_seen: int, values: Mapping[str, float | str]) -> None:
+        """Append one JSON object to stats.jsonl; numbers that are not finite become null, which every reader takes."""
+        self.images_seen = images_seen
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._stats.write(json.dumps({"images_seen": images_seen, **plain}, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close both files."""
+        self._log.close()
+        self._stats.close()
+
+
+def _log_position(line: str) -> int:
+    """Read the images seen from a line of log.txt; raise a ValueError for a damaged one."""
+    return round(float(line.partition("|")[0]) * 1000)
+
+
+def _stats_position(line: str) -> int:
+    """Read the images seen from a line of stats.jsonl; raise a ValueError for a damaged one."""
+    return int(json.loads(line)["images_seen"])
+
+
+def _drop_later_lines(path: Path, position: Callable[[str], int], images_seen: int) -> None:
+    """Keep the whole lines up to images_seen: a killed process may have left later ones, and half of one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and position(line) <= images_seen:
+                kept.append(line)
+        except ValueError:
+            continue
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,273 @@
+"""The training loop: batches in, steps, and at their intervals log lines, grids, states and network files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from stylepipe.config import Config
+from stylepipe.datasets.reader import Reader
+from stylepipe.datasets.shards import ShardDataset
+from stylepipe.errors import UserError
+from stylepipe.images import grid_shape, make_grid, save_image
+from stylepipe.interop.network_file import save_network
+from stylepipe.training.checkpoint import State, check_fits, kimg_name, prune_states, save_state
+from stylepipe.training.distributed import local_processes, sum_
+from stylepipe.training.engine import Engine
+from stylepipe.training.interrupt import Interrupt
+from stylepipe.training.memory import peak_memory_gib
+from stylepipe.training.phase import Recipe
+from stylepipe.training.progress import Progress, RunLog
+from stylepipe.training.tracker import Tracker
+
+PROJECT = "stylepipe"
+_NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
+
+
+class Trainer:
+    """Trains a recipe on a data set and leaves the run in `out`.
+
+    Args:
+        config: resolved settings.
+        recipe: what to train.
+        dataset: shards of the run's resolution.
+        accelerator: device and processes.
+        out: folder of the run, there already.
+        state: where to go on from, or None to start anew.
+
+    Attributes:
+        total_images: where the training ends.
+        sec_per_kimg: speed between the last two log lines, or None before the first.
+
+    Raises:
+        UserError: the state belongs to other networks, or the tracker is not to be had.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recipe: Recipe,
+        dataset: ShardDataset,
+        accelerator: Accelerator,
+        out: Path,
+        state: State | None = None,
+    ) -> None:
+        assert isinstance(config.batch_gpu, int) and config.batch_size is not None and config.kimg is not None
+        self.config, self.recipe, self.dataset, self.accelerator, self.out = config, recipe, dataset, accelerator, out
+        self.is_main = accelerator.is_main_process
+        self.engine = Engine(
+            recipe,
+            batch_gpu=config.batch_gpu,
+            optim=config.optim,
+            ema=config.ema,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        run_id = None
+        if state is not None:
+            check_fits(state, self.engine.layout())
+            self.engine.load_state(state.tensors, state.images_seen)
+            run_id = state.info["tracker_run_id"]
+        self.batch_size = config.batch_size
+        self.sec_per_kimg: float | None = None
+        self.total_images = -(-round(config.kimg * 1000) // self.batch_size) * self.batch_size
+        settings = config_mapping(config)
+        if self.is_main:
+            (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        self.log = RunLog(out, self.engine.images_seen) if self.is_main else None
+        self.tracker = Tracker(config.tracker, accelerator, PROJECT, settings, out, run_id)
+        self.progress = Progress(self.total_images, self.engine.images_seen, enabled=self.is_main)
+
+    def run(self) -> Interrupt:
+        """Train to the end, or until asked to stop; return what asked, if anything did.
+
+        The last state and network are always written.
+        """
+        self.say(self._opening())
+        reader = Reader(
+            self.dataset,
+            batch_size=self.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=self.config.seed,
+            mirror=self.config.mirror,
+            start=self.engine.images_seen,
+            num_workers=self._workers(),
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        with Interrupt(self.accelerator.device) as interrupt:
+            if self.engine.images_seen == 0:
+                self._save_real_grid()
+                self._save_grid()
+            batches = iter(reader)
+            self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+            stop = self.engine.images_seen >= self.total_images
+            while not stop:
+                self.engine.step(next(batches))
+                self.progress.update(self.engine.images_seen)
+                finished = self.engine.images_seen >= self.total_images
+                stop = interrupt.agreed() or finished
+                self._keep_up(stop, finished)
+        self.say(self._closing(interrupt))
+        return interrupt
+
+    def close(self) -> None:
+        """Let go of terminal, tracker and log."""
+        self.progress.close()
+        self.tracker.finish()
+
+    def _keep_up(self, stop: bool, finished: bool) -> None:
+        """Do what is due after a step."""
+        snapshot = stop or self._due(self.config.snapshot_kimg)
+        grid = finished or self._due(self.config.grid_kimg)
+        if not (snapshot or grid or self._due(self.config.tick_kimg)):
+            return
+        failed = self._tick()
+        if grid:
+            self._save_grid()
+        if snapshot or failed:
+            self._save_snapshot()
+        if failed:
+            raise UserError(
+                f"training has diverged: every gradient since the last log line was inf or NaN, so no update was made; "
+                f"the last healthy weights are in {self.out}; go on from an older state with --resume and a lower "
+                f"learning rate or a larger --loss.r1-gamma"
+            )
+        self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+
+    def _due(self, kimg: float) -> bool:
+        """Tell whether the last step crossed a multiple of `kimg`."""
+        interval = max(1, round(kimg * 1000))
+        seen = self.engine.images_seen
+        return seen // interval != (seen - self.batch_size) // interval
+
+    def _tick(self) -> bool:
+        """Report the means since the last tick; True if no update since then was finite."""
+        names, values = self._gather_statistics()
+        stats = dict(zip(names, values, strict=True))
+        seen = self.engine.images_seen
+        self.sec_per_kimg = (time.perf_counter() - self._tick_start) / (seen - self._tick_images) * 1000
+        stats |= {
+            "Progress/kimg": seen / 1000,
+            "Progress/step": seen // self.batch_size,
+            "Timing/sec_per_kimg": self.sec_per_kimg,
+            "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
+        }
+        skipped = [stats[name] for name in names if name.endswith("/not_finite")]
+        if self.log is not None:
+            self.log.stats(stats | {"world_size": self.accelerator.num_processes})
+            self.tracker.log(stats, seen)
+            for name, tensor in self.engine.record.histograms.items():
+                self.tracker.log_histogram(name, tensor.float().cpu().numpy(), seen)
+            self.progress.tick(seen, stats)
+            self.say(tick_line(stats), echo=not self.progress.live)
+            if any(skipped):
+                self.say(f"warning: updates with inf or NaN gradients were skipped: {max(skipped):.1%} of a phase")
+        return bool(skipped) and all(share == 1 for share in skipped)
+
+    def _gather_statistics(self) -> tuple[list[str], list[float]]:
+        sums = self.engine.record.take_sums()
+        totals = sum_(torch.stack(list(sums.values()))).cpu()
+        return list(sums), (totals[:, 0] / totals[:, 1]).tolist()
+
+    def _save_real_grid(self) -> None:
+        if self.is_main:
+            columns, rows = grid_shape(self.config.res)
+            count = min(columns * rows, len(self.dataset))
+            grid = make_grid(self.dataset.read(range(count)), columns)
+            save_image(self.out / "grids" / "real.png", grid)
+            self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
+
+    def _save_grid(self) -> None:
+        if self.is_main:
+            columns, rows = grid_shape(self.config.res)
+            assert isinstance(self.config.batch_gpu, int)
+            images = self.recipe.sample(columns * rows, self.config.batch_gpu).numpy()
+            grid = make_grid(images, columns)
+            path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
+            save_image(path, grid)
+            self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
+            self.say(f"grid: {path}")
+
+    def _save_snapshot(self) -> None:
+        """Save network and state; the state last, so that one that exists has its network beside it."""
+        if self.is_main:
+            seen = self.engine.images_seen
+            network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
+            metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
+            try:
+                save_network(network_path, self.recipe.export(), metadata=metadata)
+                info: Mapping[str, Any] = {
+                    "tracker_run_id": self.tracker.run_id,
+                    "world_size": self.accelerator.num_processes,
+                    "config": config_mapping(self.config),
+                }
+                path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
+            except OSError as error:
+                raise UserError(
+                    f"cannot save to {self.out}: {error.strerror or error}; the last whole state is still there; "
+                    f"make room, then start the same command again to go on from it"
+                ) from error
+            prune_states(self.out, self.config.keep_states)
+            if self.config.tracker_artifacts:
+                self.tracker.log_artifact(network_path)
+            self.say(f"saved: {path}, {network_path.name}")
+
+    def _workers(self) -> int:
+        """Return how many processes decode: none on a CPU, which they would take from the training."""
+        if self.config.workers is not None:
+            return self.config.workers
+        if self.accelerator.device.type == "cpu":
+            return 0
+        return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes() - 1))
+
+    def _opening(self) -> str:
+        accelerator = self.accelerator
+        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.recipe.networks.items()}
+        return (
+            f"{self.config.preset} at {self.config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
+            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
+            f"batch {self.batch_size} ({self.config.batch_gpu} at a time per device), {self.config.precision}; "
+            + ", ".join(f"{name} {count / 1e6:.2f}M parameters" for name, count in counts.items())
+            + f"; {'from' if self.engine.images_seen == 0 else 'going on from'} {self.engine.images_seen / 1000:g} "
+            f"to {self.total_images / 1000:g} kimg"
+        )
+
+    def _closing(self, interrupt: Interrupt) -> str:
+        seen = self.engine.images_seen
+        if interrupt.cause is not None and seen < self.total_images:
+            return (
+                f"stopped at {seen / 1000:g} kimg ({interrupt.cause}); start the same command with "
+                f"--out {self.out} to go on from there"
+            )
+        return f"done: {seen / 1000:g} kimg in {self.out}"
+
+    def say(self, line: str, echo: bool = True) -> None:
+        """Write a line to log.txt and, with `echo`, to the terminal; on the main process."""
+        if self.log is not None:
+            self.log.line(line)
+            if echo:
+                self.progress.write(line)
+
+
+def config_mapping(config: Config) -> dict[str, Any]:
+    """Return the settings that make the run, as they stand in config.yaml."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
+
+
+def tick_line(stats: Mapping[str, float]) -> str:
+    """Return the line of the log for one tick."""
+    losses = {
+        "G": "Loss/G/adversarial", "D": "Loss/D/adversarial", "r1": "Loss/D/r1", "pl": "Loss/G/path_length",
+    }  # fmt: skip
+    parts = [f"kimg {stats['Progress/kimg']:<9.3f}", f"s/kimg {stats['Timing/sec_per_kimg']:<8.2f}"]
+    parts += [f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in losses.items()]
+    return "  ".join(parts) + f"  mem {stats['Resources/peak_memory_gib']:.2f} GiB"

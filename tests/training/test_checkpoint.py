@@ -1,0 +1,109 @@
+"""States: whole or not there, and refused with one sentence when they do not fit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from stylepipe.errors import UserError
+from stylepipe.training.checkpoint import check_fits, kimg_name, load_state, newest_state, prune_states, save_state
+
+TENSORS = {"G.params": torch.arange(1000.0), "step": torch.tensor(3)}
+LAYOUT = {"G": {"conv.weight": [10, 10], "conv.bias": [10]}}
+
+
+def save(out, images_seen=40_000):
+    return save_state(out, images_seen, TENSORS, LAYOUT, {"tracker_run_id": "abc"})
+
+
+def test_names_sort_by_the_image_counter():
+    names = [kimg_name(n) for n in (8, 999, 40_000, 1_000_000, 25_000_000)]
+    assert names == ["000000.008", "000000.999", "000040.000", "001000.000", "025000.000"]
+    assert names == sorted(names)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    state = load_state(save(tmp_path))
+    assert state.images_seen == 40_000
+    assert state.info == {"tracker_run_id": "abc"}
+    assert state.layout == LAYOUT
+    for name, tensor in TENSORS.items():
+        assert torch.equal(state.tensors[name], tensor)
+    check_fits(state, LAYOUT)
+
+
+def test_nothing_but_the_state_is_left(tmp_path):
+    save(tmp_path)
+    save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-000040.000"]
+    assert sorted(p.name for p in (tmp_path / "state-000040.000").iterdir()) == ["state.json", "state.safetensors"]
+
+
+def test_newest_and_pruning_go_by_the_image_counter(tmp_path):
+    for images_seen in (1_000_000, 500, 30_000):
+        save(tmp_path, images_seen)
+    (tmp_path / ".state-009999.000.77.tmp").mkdir()  # left by a process that was killed while saving
+    assert newest_state(tmp_path).name == "state-001000.000"
+    prune_states(tmp_path, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-000030.000", "state-001000.000"]
+    prune_states(tmp_path, keep=0)
+    assert len(list(tmp_path.glob("state-*"))) == 2
+    assert newest_state(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 7, 500, -1])
+def test_a_truncated_state_is_refused(tmp_path, keep_bytes):
+    path = save(tmp_path)
+    content = (path / "state.safetensors").read_bytes()
+    (path / "state.safetensors").write_bytes(content[:keep_bytes])
+    with pytest.raises(UserError, match="truncated or damaged.*go on from an older one"):
+        load_state(path)
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    path = save(tmp_path)
+    content = bytearray((path / "state.safetensors").read_bytes())
+    content[-100] ^= 1
+    (path / "state.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_state(path)
+
+
+def test_other_damage_is_answered_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_state(tmp_path / "missing")
+    path = save(tmp_path)
+    shutil.copytree(path, tmp_path / "a")
+    (tmp_path / "a" / "state.safetensors").unlink()
+    with pytest.raises(UserError, match="state.safetensors is missing"):
+        load_state(tmp_path / "a")
+    shutil.copytree(path, tmp_path / "b")
+    (tmp_path / "b" / "state.json").write_text("{")
+    with pytest.raises(UserError, match="not a readable state"):
+        load_state(tmp_path / "b")
+    description = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(description | {"format_version": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        load_state(path)
+
+
+@pytest.mark.parametrize(
+    "other", [{"G": {"conv.weight": [10, 12], "conv.bias": [10]}}, {"G": {"conv.weight": [10, 10]}}, {"D": {"x": [1]}}]
+)
+def test_a_state_of_other_networks_is_refused(tmp_path, other):
+    with pytest.raises(UserError, match="checkpoint of other networks"):
+        check_fits(load_state(save(tmp_path)), other)
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
+    save(tmp_path, 1000)
+
+    def full(*arguments):
+        (arguments[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stylepipe.training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2000)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-000001.000"]

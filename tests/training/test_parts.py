@@ -1,0 +1,123 @@
+"""Arena, moving average, schedule and stop requests, each alone."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from stylepipe.training.arena import Arena, mark_trained
+from stylepipe.training.ema import EMA, ema_decay
+from stylepipe.training.growth import FixedResolution
+from stylepipe.training.interrupt import Interrupt
+
+CPU = torch.device("cpu")
+
+
+def test_parameters_and_gradients_are_views_of_the_arena():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.Conv2d(2, 3, 3))
+    before = [p.detach().clone() for p in module.parameters()]
+    arena = Arena(module)
+    for p, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+        assert p.data_ptr() % 64 == arena.params.data_ptr() % 64
+    module[0](torch.ones(1, 3)).sum().backward()
+    assert arena.grad.sum() == module[0].weight.grad.sum() + module[0].bias.grad.sum() == 20
+    with torch.no_grad():
+        arena.params.zero_()
+    assert module[1].weight.abs().sum() == 0
+    arena.zero_grad()
+    assert module[0].weight.grad.abs().sum() == 0
+
+
+def test_an_optimizer_on_the_arena_is_one_on_the_parameters():
+    def train(flat):
+        torch.manual_seed(1)
+        module = nn.Linear(4, 4)
+        arena = Arena(module) if flat else None
+        optimizer = torch.optim.Adam([arena.params] if flat else module.parameters(), lr=0.1)
+        for _ in range(3):
+            arena.zero_grad() if flat else optimizer.zero_grad(set_to_none=False)
+            module(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        return module.weight.detach()
+
+    torch.testing.assert_close(train(True), train(False))
+
+
+def test_mark_trained():
+    module = nn.Linear(2, 2)
+    mark_trained(module, False)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_ema_halves_in_its_half_life():
+    assert ema_decay(10**9, 1000, 10.0, 0.0) ** 10 == pytest.approx(0.5)
+    # ramp-up 0.05: after 2,000 images the half-life is 100 images
+    assert ema_decay(2000, 100, 10.0, 0.05) == pytest.approx(0.5)
+    assert ema_decay(0, 32, 10.0, 0.05) == 0
+
+
+def test_ema_follows_weights_and_copies_buffers():
+    source, average = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    arena = Arena(source)
+    ema = EMA(average, arena)
+    with torch.no_grad():
+        source.weight.fill_(3.0)
+        source.running_mean.fill_(7.0)
+    ema.update(0.75)
+    assert average.weight.tolist() == [1.5] * 4
+    assert average.running_mean.tolist() == [7.0] * 4
+
+
+def test_a_fixed_resolution_counts_steps():
+    stage = FixedResolution(64, 32).at(320)
+    assert (stage.resolution, stage.alpha, stage.batch_size, stage.step) == (64, 1.0, 32, 10)
+
+
+@pytest.mark.parametrize(("number", "code", "cause"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_is_noted_and_obeyed_after_the_step(number, code, cause):
+    handler = signal.getsignal(number)
+    with Interrupt(CPU) as interrupt:
+        assert not interrupt.agreed()
+        os.kill(os.getpid(), number)
+        assert interrupt.agreed()
+        os.kill(os.getpid(), number)  # launchers repeat themselves
+    assert (interrupt.exit_code, interrupt.cause) == (code, cause)
+    assert signal.getsignal(number) is handler
+
+
+def test_the_third_ctrl_c_quits():
+    with Interrupt(CPU), pytest.raises(KeyboardInterrupt):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+ORPHAN = """
+import os, sys, time, torch
+from stylepipe.training.interrupt import Interrupt
+with Interrupt(torch.device("cpu")) as interrupt:
+    print(os.getpid(), interrupt.agreed(), flush=True)
+    for _ in range(200):
+        if interrupt.agreed():
+            open(sys.argv[1], "w").write(interrupt.cause)
+            break
+        time.sleep(0.05)
+"""
+
+
+def test_the_death_of_the_launcher_is_noticed(tmp_path):
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}, '{tmp_path}/cause'])"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        child, agreed = process.stdout.readline().split()
+        assert agreed == "False"
+        process.kill()
+        process.wait()
+        process.stdout.read()  # ends when the orphan does
+    assert (tmp_path / "cause").read_text() == "the launcher has died"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child), 0)

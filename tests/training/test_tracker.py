@@ -1,0 +1,166 @@
+"""Dashboards: W&B offline and TensorBoard, and what happens without a login or a network."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from stylepipe.config import TrackerKind
+from stylepipe.errors import UserError
+from stylepipe.training import tracker as module
+from stylepipe.training.tracker import Tracker
+
+CONFIG = {"res": 64, "network": {"z_dim": 512}}
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_NAME", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+def fill(kind: TrackerKind, accelerator: Accelerator, out: Path, **more: object) -> Tracker:
+    """Log one of everything."""
+    tracker = Tracker(kind, accelerator, project="stylepipe", config=CONFIG, out=out, **more)  # type: ignore[arg-type]
+    pixels = np.full((8, 12, 3), 200, dtype=np.uint8)
+    tracker.log({"Loss/G/adversarial": 0.7, "Progress/kimg": 1.0}, 1000)
+    tracker.log_image("grid", pixels, 1000)
+    out.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(out / "grid.png")
+    tracker.log_image("reals", out / "grid.png", 1000)
+    tracker.log_histogram("Logits/real", np.array([1.0, 2.0, np.nan]), 1000)
+    tracker.log_histogram("Logits/fake", np.array([np.inf]), 1000)
+    tracker.log_artifact(out / "grid.png")
+    tracker.finish()
+    tracker.log({"Loss/G/adversarial": 0.7}, 2000)  # after the end: ignored
+    return tracker
+
+
+def test_none_logs_nothing(accelerator: Accelerator, tmp_path: Path) -> None:
+    tracker = fill("none", accelerator, tmp_path / "run")
+    assert tracker.run_id is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["grid.png"]
+
+
+def test_wandb_offline_keeps_everything_below_out_and_its_id_when_resumed(
+    accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run"
+    first = fill("wandb", accelerator, out)
+    assert first.run_id
+    lines = [record.message for record in caplog.records if record.name == module.__name__]
+    assert len(lines) == 1
+    assert "offline (WANDB_MODE=offline); to upload: wandb sync --append" in lines[0]
+    second = fill("wandb", accelerator, out, run_id=first.run_id)
+    assert second.run_id == first.run_id
+    records = sorted((out / "wandb").glob(f"offline-run-*/run-{first.run_id}.wandb"))
+    assert len(records) >= 1  # two resumes within a second share a folder
+    content = b"".join(path.read_bytes() for path in records)
+    for name in (b"Loss/G/adversarial", b"Logits/real", b"z_dim"):
+        assert name in content
+    assert b"Logits/fake" not in content
+    pictures = list((out / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    assert {path.name.split("_")[0] for path in pictures} == {"grid", "reals"}
+    assert (np.asarray(Image.open(pictures[0]))[:, :, :3] == 200).all()
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "wandb:" not in said.err
+
+
+def test_the_mode_follows_the_login_without_asking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a login"))
+    monkeypatch.setattr("getpass.getpass", lambda *_: pytest.fail("asked for a login"))
+    assert module._wandb_mode() == ("offline", "not logged in")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    mode, reason = module._wandb_mode()
+    assert mode == "offline"
+    assert "the login does not work" in reason
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert module._wandb_mode() == ("online", "logged in")
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'b' * 40}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert module._wandb_mode()[0] == "online"
+
+
+def test_an_unreachable_server_means_offline_with_one_warning(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(module, "INIT_TIMEOUT_S", 2)
+    tracker = fill("wandb", accelerator, tmp_path / "run")
+    ours = [record for record in caplog.records if record.name == module.__name__]
+    warnings = [record.message for record in ours if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "going on offline, since it cannot be reached" in warnings[0]
+    assert len(warnings[0].splitlines()) == 1
+    assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{tracker.run_id}.wandb"))
+
+
+def test_disabled_by_the_environment(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    fill("wandb", accelerator, tmp_path / "run")
+    assert not list(tmp_path.glob("run/wandb/*run-*"))
+
+
+def test_tensorboard_forgets_what_came_after_the_state(accelerator: Accelerator, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    tracker = fill("tensorboard", accelerator, out)
+    assert tracker.run_id is None
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("Loss/G/adversarial")] == [(1000, pytest.approx(0.7))]
+    assert set(events.Tags()["images"]) == {"grid", "reals"}
+    assert events.Tags()["histograms"] == ["Logits/real"]
+    resumed = Tracker("tensorboard", accelerator, project="p", config=CONFIG, out=out, images_seen=500)
+    resumed.log({"Loss/G/adversarial": 0.5}, 750)
+    resumed.finish()
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("Loss/G/adversarial")] == [750]
+
+
+def test_a_missing_tensorboard_names_the_remedy(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        Tracker("tensorboard", accelerator, project="p", config=CONFIG, out=tmp_path)
+
+
+def test_only_the_main_process_logs(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(accelerator), "is_main_process", property(lambda self: False))
+    fill("wandb", accelerator, tmp_path / "run")
+    assert not (tmp_path / "run" / "wandb").exists()

@@ -1,0 +1,89 @@
+"""Two real gloo processes that share a batch are one process that takes it whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+PHASES = ["G/main", "G/path_length", "D/main", "D/r1"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train(out: Path, world_size: int, losses: str = "regularized") -> list[dict[str, torch.Tensor]]:
+    """Run two_ranks.py with plain torch.distributed environment variables; return what each rank wrote."""
+    out.mkdir()
+    common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if world_size > 1:
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    processes = []
+    for rank in range(world_size):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        command = [sys.executable, str(SCRIPT), str(out), losses]
+        processes.append(subprocess.Popen(command, env=common | ranks, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+    return [load_file(out / f"rank{rank}.safetensors") for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    (one,) = train(folder / "one", 1)
+    two = train(folder / "two", 2)
+    return one, two
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def test_there_really_were_two(runs):
+    one, two = runs
+    assert int(one["world_size"]) == 1
+    assert [int(rank["world_size"]) for rank in two] == [2, 2]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_gradients_are_those_of_one_process(runs, phase):
+    """To float32 rounding: sums of the same terms in another order. Later steps inherit the rounding of earlier ones,
+    and Adam with beta1 = 0 turns a gradient near 0 into a full step of either sign, so only step 0 is exact to 1e-5."""
+    one, two = runs
+    assert relative_difference(two[0][f"grad/0/{phase}"], one[f"grad/0/{phase}"]) < 1e-5
+    for step in range(1, 4):
+        assert relative_difference(two[0][f"grad/{step}/{phase}"], one[f"grad/{step}/{phase}"]) < 1e-3
+
+
+def test_weights_and_averages_are_those_of_one_process(runs):
+    one, two = runs
+    for name in one:
+        if name.startswith("state/") and "exp_avg" not in name:
+            assert relative_difference(two[0][name], one[name]) < 1e-4, name
+
+
+def test_all_ranks_hold_the_same_weights(runs):
+    _, two = runs
+    for name in two[0]:
+        if name.startswith("state/"):
+            assert torch.equal(two[0][name], two[1][name]), name
+
+
+def test_the_regularizers_do_change_the_training(runs, tmp_path):
+    one, _ = runs
+    (plain,) = train(tmp_path / "plain", 1, "plain")
+    assert "grad/0/D/r1" not in plain
+    for network in ("G", "D"):
+        assert relative_difference(plain[f"state/{network}.params"], one[f"state/{network}.params"]) > 1e-4

@@ -1,0 +1,63 @@
+"""Started by test_two_ranks.py, once alone and once as two gloo processes: train and write down what came out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from stylepipe.config import Config, LossConfig, NetworkConfig
+from stylepipe.datasets.reader import Batch
+from stylepipe.presets import resolve, with_precision
+from stylepipe.recipes.gan import GANRecipe
+from stylepipe.training.distributed import leave, make_accelerator
+from stylepipe.training.engine import Engine
+
+STEPS = 4
+BATCH_SIZE, BATCH_GPU = 8, 4
+
+
+def main(out: Path, regularize: bool) -> None:
+    accelerator = make_accelerator()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    torch.set_num_threads(1)
+    config = Config(
+        res=16,
+        batch_size=BATCH_SIZE,
+        batch_gpu=BATCH_GPU,
+        network=NetworkConfig(z_dim=16, w_dim=16, channel_base=256, channel_max=16, mapping_layers=2),
+        # Every phase in every step; the lazy correction is then k = 1, and the same for both runs.
+        loss=LossConfig(r1_gamma=5.0 * regularize, r1_interval=1, pl_weight=2.0 * regularize, pl_interval=1),
+    )
+    config = with_precision(resolve(config, world_size), "fp32")
+    torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
+    torch.rand(rank + 1)
+    recipe = GANRecipe(config, accelerator.device)
+    engine = Engine(
+        recipe, batch_gpu=BATCH_GPU, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size
+    )
+    result: dict[str, torch.Tensor] = {}
+    run_phase = engine.run_phase
+
+    def run_and_note(phase, stage, images, labels):
+        run_phase(phase, stage, images, labels)
+        result[f"grad/{stage.step}/{phase.name}"] = engine.arenas[phase.trains].grad.clone()
+
+    engine.run_phase = run_and_note
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=torch.uint8, generator=generator)
+        positions = torch.arange(BATCH_SIZE) + step * BATCH_SIZE
+        share = slice(rank, None, world_size)
+        engine.step(Batch(images[share], torch.zeros(BATCH_SIZE // world_size, 0), positions[share]))
+    result |= {f"state/{name}": tensor.clone() for name, tensor in engine.state().items()}
+    result["world_size"] = torch.tensor(dist.get_world_size() if dist.is_initialized() else 1)
+    save_file(result, out / f"rank{rank}.safetensors")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), regularize=sys.argv[2] == "regularized")
