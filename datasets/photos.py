@@ -11,14 +11,15 @@ import warnings
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 Image.init()  # all formats, so that `formats` below can name them
 # PostScript is a program, which Pillow would have Ghostscript run.
 _FORMATS = tuple(name for name in Image.OPEN if name != "EPS")
-_ENCODER_OPTIONS = {
+_ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     # Level 2 takes a third of the default's time for a tenth more bytes (1024 px photographs); decoding is as fast.
     "png": {"format": "PNG", "compress_level": 2},
     # 4:2:0, the default, costs 4.5 dB of PSNR.
@@ -55,7 +56,7 @@ def read_square(path: Path, resolution: int, upscale: bool = False) -> Image.Ima
                 square = to_srgb(_centre_square(_oriented(image)))
     except (SkippedPhotoError, MemoryError):
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise SkippedPhotoError("unreadable", "not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise SkippedPhotoError("unreadable", "too many pixels (a decompression bomb?)") from error
@@ -81,14 +82,15 @@ def to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode.startswith(("I", "F")):
         image = _eight_bit_grey(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        colours = _managed(image.convert("RGB"), profile)
-        return Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
-    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
-        image = image.convert("RGB")  # 1, P, YCbCr, HSV, RGBX
-    return _managed(image, profile)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        image = image.convert("RGB")  # P, PA, RGBA, YCbCr, HSV, RGBX
+    colours = _managed(image, profile)
+    if alpha is None:
+        return colours
+    return Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
 
 
 def _oriented(image: Image.Image) -> Image.Image:
@@ -128,7 +130,7 @@ def _managed(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         transform = _srgb_transform(profile, image.mode)
         if transform is not None:
-            return ImageCms.applyTransform(image, transform)
+            return transform.apply(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

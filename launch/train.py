@@ -7,7 +7,10 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "stylepipe":
         raise
-    print(f"error: {sys.executable} has no stylepipe; run `make setup` (then .venv/bin/python) or `pip install -e .`", file=sys.stderr)
+    print(
+        f"error: {sys.executable} has no stylepipe; run `make setup` (then .venv/bin/python) or `pip install -e .`",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 if __name__ == "__main__":

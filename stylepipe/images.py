@@ -97,7 +97,9 @@ def save_image(path: str | Path, image: NDArray[np.uint8]) -> None:
     kind, options = SAVE_OPTIONS[path.suffix.lower()]
     if kind == "WEBP" and max(image.shape[:2]) > MAX_WEBP_SIDE:
         size = f"{image.shape[1]} x {image.shape[0]}"
-        raise UserError(f"cannot save {path}: {size} pixels, and WebP takes {MAX_WEBP_SIDE} a side; save a .png instead")
+        raise UserError(
+            f"cannot save {path}: {size} pixels, and WebP takes {MAX_WEBP_SIDE} a side; save a .png instead"
+        )
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

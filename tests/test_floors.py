@@ -57,7 +57,9 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, f"line {node.lineno}: a relative import hides which room is meant"
             module = node.module or ""
             if module == "stylepipe":  # from stylepipe import images
-                yield from (f"stylepipe.{alias.name}" if not alias.name.startswith("_") else module for alias in node.names)
+                yield from (
+                    f"stylepipe.{alias.name}" if not alias.name.startswith("_") else module for alias in node.names
+                )
             else:
                 yield module
 

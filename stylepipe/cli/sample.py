@@ -118,7 +118,9 @@ def _seeds(options: SampleOptions, shape: tuple[int, int] | None) -> list[int]:
         return list(range(places or DEFAULT_COUNT))
     seeds = parse_seeds(options.seeds)
     if places is not None and len(seeds) > places:
-        raise UserError(f"--grid {options.grid}: {places} places for {len(seeds)} seeds; give a larger grid or fewer seeds")
+        raise UserError(
+            f"--grid {options.grid}: {places} places for {len(seeds)} seeds; give a larger grid or fewer seeds"
+        )
     return seeds
 
 
@@ -176,7 +178,9 @@ def _place(options: SampleOptions, count: int) -> tuple[Path, bool]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: cannot make the folder {folder}: {error.strerror or error}; choose another one") from error
+        raise UserError(
+            f"--out: cannot make the folder {folder}: {error.strerror or error}; choose another one"
+        ) from error
     return out, single
 
 

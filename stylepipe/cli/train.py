@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ from stylepipe.training.distributed import leave, make_accelerator, on_main_proc
 from stylepipe.training.estimate import format_duration
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.launched import check_launch
-from stylepipe.training.tracker import log_with
 from stylepipe.training.trainer import Trainer
 
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
@@ -42,9 +42,12 @@ What a flag says wins over the file, the file over the preset, the preset over t
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
-    accelerator = make_accelerator(log_with(config.tracker))
+    accelerator = make_accelerator()
     try:
         check_launch(accelerator.num_processes)
+        if accelerator.is_main_process:
+            logging.basicConfig(level=logging.WARNING, format="%(message)s")
+            logging.getLogger("stylepipe").setLevel(logging.INFO)
         use_all_cores(accelerator)
         interrupt_code = train(config, accelerator)
     finally:
@@ -121,7 +124,7 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
 def open_data(config: Config, accelerator: Accelerator) -> ShardDataset:
     """Open the shards; photographs are prepared first, drawn faces drawn, by one process for all of its machine."""
     with accelerator.local_main_process_first():
-        folder = dataset_for_training(config.data, config.res)
+        folder = dataset_for_training(config.data, config.res, labels=config.cond)
     return open_dataset(folder, config.res)
 
 

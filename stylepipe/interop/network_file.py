@@ -120,7 +120,9 @@ def read_header(path: str | Path) -> NetworkHeader:
     """
     fields = _read_fields(Path(path))
     if fields.get("format") != FORMAT:
-        raise UserError(f"{path}: a safetensors file, but not a network written by stylepipe (no '{FORMAT}' in its header)")
+        raise UserError(
+            f"{path}: a safetensors file, but not a network written by stylepipe (no '{FORMAT}' in its header)"
+        )
     found = fields.get("format_version", "")
     if not found.isdigit() or int(found) > FORMAT_VERSION:
         writer = fields.get("stylepipe_version", "a newer stylepipe")

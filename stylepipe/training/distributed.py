@@ -21,12 +21,12 @@ from stylepipe.errors import UserError
 T = TypeVar("T")
 
 
-def make_accelerator(log_with: str | None = None) -> Accelerator:
+def make_accelerator() -> Accelerator:
     """Join the process group, if the launcher made one, and take this process's device.
 
     Without a GPU, Accelerate must be told so: else processes started by torchrun would train separately.
     """
-    return Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with)
+    return Accelerator(cpu=not torch.cuda.is_available())
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

@@ -61,8 +61,11 @@ def right_command(processes: int, machines: int = 1) -> str:
     if machines > 1:
         words += ["--num_machines", str(machines), "--machine_rank", "RANK", "--main_process_ip", "IP"]
         words += ["--main_process_port", "29500", "--rdzv_backend", "c10d"]
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "launch/train.py"
-    command = shlex.join([*words, script, *sys.argv[1:]])
+    if sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py":
+        script, options = sys.argv[0], sys.argv[1:]
+    else:  # stylepipe train ..., python -m stylepipe train ...
+        script, options = "launch/train.py", sys.argv[2:]
+    command = shlex.join([*words, script, *options])
     return command if torch.cuda.is_available() else f"ACCELERATE_USE_CPU=true {command}"
 
 

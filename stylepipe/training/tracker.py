@@ -55,7 +55,9 @@ class Tracker:
         images_seen: int = 0,
     ) -> None:
         if kind == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--tracker tensorboard: it is not installed; run `pip install tensorboard` or choose another")
+            raise UserError(
+                "--tracker tensorboard: it is not installed; run `pip install tensorboard` or choose another"
+            )
         self.run_id: str | None = run_id
         """Names the run to W&B; saved with the state, it lets a resumed run go on in the same place."""
         self._tracker: WandBTracker | TensorBoardTracker | None = None
@@ -115,13 +117,17 @@ class Tracker:
             self._tracker = None
 
 
-def _start(accelerator: Accelerator, tracker: GeneralTracker, project: str, config: dict[str, Any] | None = None) -> None:
+def _start(
+    accelerator: Accelerator, tracker: GeneralTracker, project: str, config: dict[str, Any] | None = None
+) -> None:
     """Start a tracker as Accelerate does, so that it is also found through `accelerator.get_tracker`."""
     accelerator.log_with, accelerator.trackers = [tracker], []
     accelerator.init_trackers(project, config)
 
 
-def _start_wandb(accelerator: Accelerator, project: str, config: dict[str, Any], out: Path, run_id: str) -> WandBTracker:
+def _start_wandb(
+    accelerator: Accelerator, project: str, config: dict[str, Any], out: Path, run_id: str
+) -> WandBTracker:
     """Start W&B as the login and WANDB_MODE have it; offline if that fails, so that no run dies of its dashboard."""
     import wandb
 

@@ -17,6 +17,7 @@ from stylepipe.config import Config
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
 from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
 from stylepipe.training.checkpoint import State, check_fits, kimg_name, prune_states, save_state
@@ -29,6 +30,7 @@ from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.tracker import Tracker
 
 PROJECT = "stylepipe"
+LOSSES = {"G": "Loss/G/adversarial", "D": "Loss/D/adversarial", "r1": "Loss/D/r1", "pl": "Loss/G/path_length"}
 _NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
 
 
@@ -71,20 +73,29 @@ class Trainer:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        run_id = None
+        resumed, run_id = None, None
         if state is not None:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
-            run_id = state.info["tracker_run_id"]
+            resumed, run_id = state.images_seen, state.info["tracker_run_id"]
         self.batch_size = config.batch_size
-        self.sec_per_kimg: float | None = None
         self.total_images = -(-round(config.kimg * 1000) // self.batch_size) * self.batch_size
+        self.sec_per_kimg: float | None = None
         settings = config_mapping(config)
         if self.is_main:
-            (out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        self.log = RunLog(out, self.engine.images_seen) if self.is_main else None
-        self.tracker = Tracker(config.tracker, accelerator, PROJECT, settings, out, run_id)
-        self.progress = Progress(self.total_images, self.engine.images_seen, enabled=self.is_main)
+            with atomic_path(out / "config.yaml") as path:
+                path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        self.log = RunLog(out, resumed) if self.is_main else None
+        self.tracker = Tracker(
+            config.tracker,
+            accelerator,
+            project=PROJECT,
+            config=settings,
+            out=out,
+            run_id=run_id,
+            images_seen=self.engine.images_seen,
+        )
+        self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
     def run(self) -> Interrupt:
         """Train to the end, or until asked to stop; return what asked, if anything did.
@@ -123,6 +134,8 @@ class Trainer:
         """Let go of terminal, tracker and log."""
         self.progress.close()
         self.tracker.finish()
+        if self.log is not None:
+            self.log.close()
 
     def _keep_up(self, stop: bool, finished: bool) -> None:
         """Do what is due after a step."""
@@ -163,12 +176,13 @@ class Trainer:
         }
         skipped = [stats[name] for name in names if name.endswith("/not_finite")]
         if self.log is not None:
-            self.log.stats(stats | {"world_size": self.accelerator.num_processes})
+            self.log.stats(seen, stats | {"world_size": self.accelerator.num_processes})
             self.tracker.log(stats, seen)
             for name, tensor in self.engine.record.histograms.items():
                 self.tracker.log_histogram(name, tensor.float().cpu().numpy(), seen)
-            self.progress.tick(seen, stats)
-            self.say(tick_line(stats), echo=not self.progress.live)
+            line = tick_line(stats)
+            self.log.line(line)
+            self.progress.tick(line, {short: stats[name] for short, name in LOSSES.items() if name in stats})
             if any(skipped):
                 self.say(f"warning: updates with inf or NaN gradients were skipped: {max(skipped):.1%} of a phase")
         return bool(skipped) and all(share == 1 for share in skipped)
@@ -250,12 +264,11 @@ class Trainer:
             )
         return f"done: {seen / 1000:g} kimg in {self.out}"
 
-    def say(self, line: str, echo: bool = True) -> None:
-        """Write a line to log.txt and, with `echo`, to the terminal; on the main process."""
+    def say(self, line: str) -> None:
+        """Write a line to log.txt and the terminal, on the main process."""
         if self.log is not None:
             self.log.line(line)
-            if echo:
-                self.progress.write(line)
+            self.progress.say(line)
 
 
 def config_mapping(config: Config) -> dict[str, Any]:
@@ -265,9 +278,6 @@ def config_mapping(config: Config) -> dict[str, Any]:
 
 def tick_line(stats: Mapping[str, float]) -> str:
     """Return the line of the log for one tick."""
-    losses = {
-        "G": "Loss/G/adversarial", "D": "Loss/D/adversarial", "r1": "Loss/D/r1", "pl": "Loss/G/path_length",
-    }  # fmt: skip
     parts = [f"kimg {stats['Progress/kimg']:<9.3f}", f"s/kimg {stats['Timing/sec_per_kimg']:<8.2f}"]
-    parts += [f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in losses.items()]
+    parts += [f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in LOSSES.items()]
     return "  ".join(parts) + f"  mem {stats['Resources/peak_memory_gib']:.2f} GiB"

@@ -36,6 +36,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in (*launched.WORLD_SIZES, launched.LAUNCHED_BY_ACCELERATE, "ACCELERATE_USE_CPU", "LOCAL_RANK", "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "absent.yaml"))
 
 
 def start(tmp_path: Path, command: str, *, cpu: bool = True, **environment: str) -> list[str]:

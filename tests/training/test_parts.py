@@ -101,7 +101,7 @@ ORPHAN = """
 import os, sys, time, torch
 from stylepipe.training.interrupt import Interrupt
 with Interrupt(torch.device("cpu")) as interrupt:
-    print(os.getpid(), interrupt.agreed(), flush=True)
+    print(interrupt.agreed(), flush=True)
     for _ in range(200):
         if interrupt.agreed():
             open(sys.argv[1], "w").write(interrupt.cause)
@@ -113,11 +113,8 @@ with Interrupt(torch.device("cpu")) as interrupt:
 def test_the_death_of_the_launcher_is_noticed(tmp_path):
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}, '{tmp_path}/cause'])"
     with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
-        child, agreed = process.stdout.readline().split()
-        assert agreed == "False"
+        assert process.stdout.readline() == "False\n"
         process.kill()
         process.wait()
         process.stdout.read()  # ends when the orphan does
     assert (tmp_path / "cause").read_text() == "the launcher has died"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(child), 0)

@@ -124,9 +124,7 @@ def test_an_unreachable_server_means_offline_with_one_warning(
     assert list((tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{tracker.run_id}.wandb"))
 
 
-def test_disabled_by_the_environment(
-    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disabled_by_the_environment(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     fill("wandb", accelerator, tmp_path / "run")
     assert not list(tmp_path.glob("run/wandb/*run-*"))

@@ -1,0 +1,205 @@
+"""The prepared dataset on disk: what it holds, and what is said when it is damaged."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from stylepipe.datasets import shards
+from stylepipe.datasets.prepare import prepare
+from stylepipe.datasets.shards import ShardDataset, load_manifest, open_dataset, verify
+from stylepipe.errors import UserError
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
+def test_webdataset_streams_the_tars(prepared: Path, dataset: ShardDataset) -> None:
+    tars = [str(tar) for tar in sorted(prepared.glob("*.tar"))]
+    assert len(tars) > 1
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls"))
+    assert len(samples) == len(dataset) == 23
+    images = dataset.read(range(23))
+    labels = dataset.labels(range(23))
+    for i, (image, label) in enumerate(samples):
+        assert (np.asarray(image) == images[i]).all()
+        assert labels[i].argmax() == label
+    gc.collect()
+
+
+def test_random_access_in_any_order(dataset: ShardDataset) -> None:
+    images = dataset.read(range(23))
+    assert images.shape == (23, 16, 16, 3)
+    assert images.dtype == np.uint8
+    ids = [22, 0, 7, 7]
+    assert (dataset.read(ids) == images[ids]).all()
+    assert dataset.read([]).shape == (0, 16, 16, 3)
+
+
+def test_labels_are_one_hot_in_the_order_of_the_class_names(dataset: ShardDataset) -> None:
+    assert dataset.manifest.classes == ("cats", "dogs")
+    assert dataset.c_dim == 2
+    labels = dataset.labels(range(23))
+    assert labels.dtype == np.float32
+    assert labels.tolist() == [[1, 0]] * 12 + [[0, 1]] * 11  # sorted by path: all of cats/, then all of dogs/
+
+
+def test_without_labels_c_dim_is_zero(photos: Path, tmp_path: Path) -> None:
+    prepare(photos, tmp_path / "out", 8, workers=1, progress=False)
+    dataset = open_dataset(tmp_path / "out", 8)
+    assert dataset.c_dim == 0
+    assert dataset.labels([0, 1]).shape == (2, 0)
+
+
+def test_jpeg_shards(photos: Path, tmp_path: Path) -> None:
+    prepare(photos, tmp_path / "jpeg", 32, workers=1, image_format="jpeg", progress=False)
+    prepare(photos, tmp_path / "png", 32, workers=1, progress=False)
+    jpeg, png = (open_dataset(tmp_path / name).read(range(23)).astype(float) for name in ("jpeg", "png"))
+    # Quality 95 at 4:4:4 on smooth pictures: an error of one or two levels.
+    assert 0 < np.abs(jpeg - png).mean() < 2
+
+
+def test_pickling_does_not_carry_the_index(dataset: ShardDataset) -> None:
+    dataset.read([0])
+    data = pickle.dumps(dataset)
+    copy = pickle.loads(data)
+    assert (copy.read([3, 22]) == dataset.read([3, 22])).all()
+
+
+def test_few_files_are_kept_open(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = dataset.read(range(23))
+    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
+    dataset.close()
+    ids = np.random.default_rng(0).integers(0, 23, 50)
+    assert (dataset.read(ids) == images[ids]).all()
+    assert len(dataset._descriptors) == 2
+
+
+def test_a_manifest_survives_json(prepared: Path) -> None:
+    manifest = load_manifest(prepared)
+    assert manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.count == sum(shard.samples for shard in manifest.shards) == 23
+    assert manifest.name == "photos"
+
+
+def test_verify_accepts_a_whole_dataset(prepared: Path) -> None:
+    verify(prepared)
+
+
+def test_another_resolution_is_refused(prepared: Path) -> None:
+    with pytest.raises(UserError, match=r"holds images of 16 px, and 64 px are asked for; use --res 16"):
+        open_dataset(prepared, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.write_text("x"), "is a file"),
+        (lambda path: path.mkdir(), "is empty"),
+        (lambda path: (path.mkdir(), (path / "a.jpg").write_text("x")), "prepare it first"),
+        (lambda path: (path.mkdir(), (path / "a.tar").write_text("x")), "not made by `stylepipe prepare`"),
+        (lambda path: (path.mkdir(), (path / "manifest.json").write_text("{")), "is not the manifest"),
+        (lambda path: (path.mkdir(), (path / "manifest.json").write_text("[]")), "is not the manifest"),
+        (lambda path: (path.mkdir(), (path / "manifest.json").write_text('{"format": "x"}')), "is not the manifest"),
+    ],
+)
+def test_what_is_no_dataset_is_named(tmp_path: Path, make: object, message: str) -> None:
+    path = tmp_path / "data"
+    make(path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message) as error:
+        open_dataset(path)
+    assert str(path) in str(error.value)
+
+
+def edit_manifest(prepared: Path, **changes: object) -> None:
+    path = prepared / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_later_format_version_is_refused(prepared: Path) -> None:
+    edit_manifest(prepared, format_version=2)
+    with pytest.raises(UserError, match="format version 2, and this stylepipe reads version 1"):
+        open_dataset(prepared)
+
+
+def test_a_manifest_cannot_point_outside(prepared: Path) -> None:
+    record = json.loads((prepared / "manifest.json").read_text())["shards"][0]
+    edit_manifest(prepared, shards=[record | {"file": "../shard-00000.tar"}])
+    with pytest.raises(UserError, match="outside its folder"):
+        open_dataset(prepared)
+
+
+def test_a_missing_shard_is_named(prepared: Path) -> None:
+    (prepared / "shard-00001.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-00001\.tar is missing"):
+        open_dataset(prepared)
+
+
+@pytest.mark.parametrize("name", ["shard-00000.tar", "index.npy"])
+def test_a_truncated_file_is_named(prepared: Path, name: str) -> None:
+    data = (prepared / name).read_bytes()
+    (prepared / name).write_bytes(data[:-100])
+    with pytest.raises(UserError, match=f"{name} has .* bytes instead of {len(data):,}"):
+        open_dataset(prepared)
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_verify_names_every_damaged_file(prepared: Path) -> None:
+    flip_byte(prepared / "shard-00000.tar", 700)
+    flip_byte(prepared / "shard-00001.tar", 700)
+    open_dataset(prepared)  # the size is right
+    with pytest.raises(UserError, match=r"SHA-256 differs .* shard-00000\.tar, shard-00001\.tar;"):
+        verify(prepared)
+
+
+def test_a_damaged_sample_is_named(prepared: Path) -> None:
+    dataset = open_dataset(prepared)
+    row = dataset._index[9]
+    shard = prepared / dataset.manifest.shards[int(row["shard"])].file
+    flip_byte(shard, int(row["offset"]) + 3)  # in the signature of the PNG
+    dataset.read([8, 10])
+    with pytest.raises(UserError, match=rf"{shard.name}: sample 00000009\.png cannot be read"):
+        dataset.read([8, 9, 10])
+
+
+def test_an_index_that_points_elsewhere_is_noticed(prepared: Path, tmp_path: Path) -> None:
+    index = np.load(prepared / "index.npy")
+    index["offset"][3] = index["offset"][4] + 1
+    np.save(prepared / "index.npy", index)
+    with pytest.raises(UserError, match=r"sample 00000003\.png cannot be read"):
+        open_dataset(prepared).read([3])
+    with pytest.raises(UserError, match=r"index\.npy"):
+        verify(prepared)
+
+
+def test_an_image_of_another_size_is_noticed(prepared: Path, photos: Path, tmp_path: Path) -> None:
+    edit_manifest(prepared, resolution=32)
+    with pytest.raises(UserError, match="it is 16x16 pixels"):
+        open_dataset(prepared).read([0])
+
+
+def test_a_shard_that_vanishes_while_training_is_named(prepared: Path) -> None:
+    dataset = open_dataset(prepared)
+    shutil.rmtree(prepared)
+    with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000000\.png cannot be read"):
+        dataset.read([0])
+
+
+def test_images_survive_without_loss(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "noise.png")
+    prepare(tmp_path / "in", tmp_path / "out", 64, workers=1, progress=False)
+    assert (open_dataset(tmp_path / "out").read([0])[0] == pixels).all()
