@@ -26,7 +26,7 @@ setup: $(STAMP) ## Create .venv with the pinned packages and stylepipe itself (d
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "stylepipe needs Python 3.11 or newer and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1); name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+	  echo "stylepipe needs Python 3.11 or newer; '$(PYTHON)' is not ($$($(PYTHON) --version 2>&1 | head -n 1)): name another, as in make setup PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || \
 	  $(BIN)/pip install --quiet --no-deps --retries 0 -c constraints.txt $(PIP_TORCH) torch
@@ -34,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Train a small face model on drawn faces, a few minutes on any machine, and name the picture it made
-	$(BIN)/accelerate launch $(if $(CPU_ONLY),--cpu) --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  launch/train.py $(DEMO_FLAGS) $(DEMO_ARGS)
+	$(BIN)/accelerate launch $(if $(CPU_ONLY),--cpu) --num_processes 1 --num_machines 1 --mixed_precision no \
+	  --dynamo_backend no --num_cpu_threads_per_process 1 launch/train.py $(DEMO_FLAGS) $(DEMO_ARGS)
 	@echo "Look at $$(ls $(DEMO_OUT)/grids/[0-9]*.png | tail -n 1)"
 
 test: lint ## Lint, then the quick tests with coverage

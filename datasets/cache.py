@@ -14,12 +14,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.photos import encode
 from stylepipe.datasets.prepare import check_resolution, find_photos, in_tasks, prepare, printable, tool_versions
 from stylepipe.datasets.processes import available_cpus, map_in_order
+from stylepipe.datasets.progress import with_progress
 from stylepipe.datasets.shards import FORMAT_VERSION, Manifest, is_prepared, open_dataset
 from stylepipe.datasets.writer import ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
@@ -139,6 +138,8 @@ def _lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             log.warning("another process is preparing the same data; waiting for it (lock: %s)", path)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            log.warning("%s cannot be locked (%s); start one process at a time", path, error.strerror)
         yield
 
 
@@ -146,9 +147,8 @@ def _draw_dataset(out: Path, *, resolution: int, workers: int | None, progress: 
     count = DRAWN_COUNTS[resolution]
     draw = partial(_draw, resolution=resolution)
     faces = chain.from_iterable(map_in_order(draw, in_tasks(count, _FACES_PER_TASK), workers or available_cpus()))
-    shown = None if progress else True  # None: off where stderr is no terminal
     with new_dataset_folder(out) as folder, ShardWriter(folder, _DRAWN_FORMAT) as writer:
-        for face in tqdm(faces, total=count, desc=f"drawing faces at {resolution} px", unit="img", disable=shown):
+        for face in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
             writer.add(face)
         writer.save_manifest(
             Manifest(

@@ -16,11 +16,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
 
 from stylepipe.config import MAX_RES, MIN_RES
 from stylepipe.datasets.photos import SkippedPhotoError, encode, read_square
 from stylepipe.datasets.processes import available_cpus, map_in_order
+from stylepipe.datasets.progress import with_progress
 from stylepipe.datasets.shards import FOREIGN_TARS, IMAGE_SUFFIXES, Manifest, Skipped, is_prepared
 from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
@@ -81,24 +81,20 @@ def prepare(
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"OUT {out} lies inside SOURCE {source}; name a folder outside it")
     photos = find_photos(source)
-    classes = photos.classes() if labels else None
+    classes = photos.classes() if labels else ()
+    class_numbers = {name: number for number, name in enumerate(classes)}
     if labels and not classes:
         raise UserError(f"{source}: has no sub-folders to take labels from; make one per class, or leave out --labels")
 
     skipped = list(photos.skipped)
     with new_dataset_folder(out) as folder, ShardWriter(folder, image_format, shard_bytes) as writer:
         results = _converted(photos, resolution, image_format, upscale, labels, workers or available_cpus())
-        for name, result in tqdm(
-            zip(photos.files, results, strict=True),
-            total=len(photos.files),
-            desc=f"preparing {source.name or source} at {resolution} px",
-            unit="img",
-            disable=None if progress else True,  # None: off where stderr is no terminal
-        ):
+        results = with_progress(results, len(photos.files), f"preparing {source.name or source}", progress)
+        for name, result in zip(photos.files, results, strict=True):
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:
-                writer.add(result, classes.index(_class_of(name)) if classes else -1)
+                writer.add(result, class_numbers.get(_class_of(name), -1))
         if not writer.count:
             raise UserError(_none_usable(source, skipped))
         manifest = Manifest(

@@ -38,9 +38,11 @@ def follow_parent() -> None:
     assert parent.pid is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_after, args=(parent.join,), daemon=True).start()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS: there SIGTERM keeps its default action
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_after, args=(_sigterm_from, parent.pid), daemon=True).start()
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: SIGTERM keeps its default action
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_after, args=(_sigterm_from, parent.pid), daemon=True).start()
 
 
 def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

@@ -174,11 +174,14 @@ class ShardDataset:
                 if image.size != (self.resolution, self.resolution):
                     raise ValueError(f"it is {image.width}x{image.height} pixels")
                 out[...] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises many types on damaged data
             key = f"{sample:08d}{IMAGE_SUFFIXES[self.manifest.image_format]}"
+            from_system = isinstance(error, OSError) and error.errno is not None
+            remedy = "check that the disk is there" if from_system else "copy the dataset again, or prepare it anew"
             raise UserError(
-                f"{self.path / self.manifest.shards[shard].file}: sample {key} cannot be read ({error}); "
-                "the dataset is damaged or incomplete: copy it again from its source, or prepare it anew"
+                f"{self.path / self.manifest.shards[shard].file}: sample {key} cannot be read ({error}); {remedy}"
             ) from error
 
     def _descriptor(self, shard: int) -> int:

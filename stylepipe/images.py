@@ -18,10 +18,10 @@ GRID_WIDTH, GRID_HEIGHT = 1920, 1080  # pixels: a grid is looked at on one scree
 MAX_COLUMNS, MAX_ROWS = 15, 8
 MAX_WEBP_SIDE = 16383  # the format's own limit
 
-# PNG is always lossless; WebP can be, and samples should show what the network made. Method 4 is libwebp's default effort.
+# PNG is always without loss; WebP can be, and pictures shall show what the network made.
 SAVE_OPTIONS: dict[str, tuple[str, dict[str, object]]] = {
     ".png": ("PNG", {}),
-    ".webp": ("WEBP", {"lossless": True, "method": 4}),
+    ".webp": ("WEBP", {"lossless": True}),
 }
 
 

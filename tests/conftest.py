@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +44,5 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _same_randomness_every_time() -> Iterator[None]:
+def _same_randomness_every_time() -> None:
     torch.manual_seed(0)
-    yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 import yaml
@@ -25,9 +24,8 @@ def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -
     assert isinstance(config.batch_gpu, int) and config.kimg is not None
     print(yaml.safe_dump(config_mapping(config), sort_keys=False))
 
-    cost = estimate(partial(trial, config, c_dim, torch.device("cpu")), config, c_dim, config.batch_gpu)
-    with torch.device("meta"):
-        recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
+    recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
+    cost = estimate(recipe, config.res, c_dim, config.batch_gpu)
     for name, network in recipe.networks.items():
         print(parameter_table(name, network))
     print(
@@ -61,5 +59,5 @@ def _measured_flops(config: Config, c_dim: int, device: torch.device) -> float:
     recipe = trial(config, c_dim, device, batch_gpu)
     engine = Engine(recipe, batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
     seconds = amortised(engine, time_phases(engine, *random_batch(engine, res, c_dim), repeats=1)) / batch_gpu
-    cost = estimate(partial(trial, config, c_dim, torch.device("cpu")), config, c_dim, batch_gpu)
+    cost = estimate(trial(config, c_dim, torch.device("meta"), batch_gpu), res, c_dim, batch_gpu)
     return flops_per_image(recipe, cost, batch_gpu) / seconds

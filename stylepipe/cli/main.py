@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: str, argv: Sequence[str]) -> int:
     """Run one of COMMANDS and return the exit code; the scripts in launch/ call this.
 
-    A UserError becomes one message on stderr; with STYLEPIPE_DEBUG=1 it keeps its traceback, as any other exception does.
+    A UserError becomes one message on stderr; with STYLEPIPE_DEBUG=1 it keeps its traceback, as any other exception.
     """
     try:
         importlib.import_module(f"stylepipe.cli.{command}").main(list(argv))
@@ -67,7 +67,6 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 def _help() -> str:
     lines = [f"  {name:<9} {purpose}" for name, purpose in COMMANDS.items()]
-    return "\n".join(
-        ["usage: stylepipe COMMAND [options]", "", "Train high-resolution GANs on many GPUs.", "", *lines, ""]
-        + ["stylepipe COMMAND --help lists the options of a command, stylepipe --version tells the version."]
-    )
+    head = ["usage: stylepipe COMMAND [options]", "", "Train high-resolution GANs on many GPUs.", ""]
+    foot = ["", "stylepipe COMMAND --help lists the options of a command, stylepipe --version tells the version."]
+    return "\n".join([*head, *lines, *foot])

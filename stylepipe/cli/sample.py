@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,9 +20,24 @@ from stylepipe.errors import UserError
 from stylepipe.images import check_suffix, make_grid, parse_grid, save_image, to_uint8
 from stylepipe.interop.network_file import load_network
 
-DEFAULT_COUNT = 16
+DEFAULT_COUNT = 16  # images, when neither --seeds nor --grid says how many
 MAX_SEED = 2**63 - 1
 MAX_SEEDS_IN_NAME = 60  # characters; file systems allow 255 in all
+
+
+class StyleGenerator(Protocol):
+    """What sampling needs of a generator, whichever paper it is from."""
+
+    config: dict[str, Any]
+    """With c_dim, the number of classes."""
+    mapping: Any
+    """(z [N, mapping.z_dim], c, truncation_psi, truncation_cutoff) -> ws."""
+    synthesis: Callable[..., Tensor]
+    """(ws, noise_mode) -> img [N, 3, R, R] in [-1, 1]."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Give the weights."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def sample(options: SampleOptions) -> Path:
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: expected at least 1")
     device = _device(options.device)
-    G = load_network(options.network, device)
+    G = _generator(options.network, device)
     c = _label(G, options.class_index, device)
     out, single = _place(options, len(seeds))
     bar = tqdm(_images(G, c, seeds, options), total=len(seeds), unit="img", disable=None, leave=False)
@@ -132,11 +147,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _label(G: nn.Module, class_index: int | None, device: torch.device) -> Tensor | None:
+def _generator(path: Path, device: torch.device) -> StyleGenerator:
+    network = load_network(path, device)
+    if not hasattr(network, "synthesis"):
+        raise UserError(f"{path}: holds a {type(network).__name__}; expected a generator")
+    return cast(StyleGenerator, network)
+
+
+def _label(G: StyleGenerator, class_index: int | None, device: torch.device) -> Tensor | None:
     """Return the class as [1, c_dim], or None for a network without classes."""
-    c_dim = G.config.get("c_dim", 0) if hasattr(G, "mapping") else None
-    if c_dim is None:
-        raise UserError(f"NETWORK: holds a {type(G).__name__}; expected a generator")
+    c_dim = G.config["c_dim"]
     if c_dim == 0:
         if class_index is not None:
             raise UserError(f"--class {class_index}: this network was trained without labels; leave --class out")
@@ -147,7 +167,9 @@ def _label(G: nn.Module, class_index: int | None, device: torch.device) -> Tenso
     return torch.nn.functional.one_hot(torch.tensor([class_index], device=device), c_dim).float()
 
 
-def _images(G: nn.Module, c: Tensor | None, seeds: list[int], options: SampleOptions) -> Iterator[NDArray[np.uint8]]:
+def _images(
+    G: StyleGenerator, c: Tensor | None, seeds: list[int], options: SampleOptions
+) -> Iterator[NDArray[np.uint8]]:
     """Give each seed's image, [R, R, 3] uint8."""
     device = next(G.parameters()).device
     batch = 1 if options.noise == "random" else options.batch

@@ -100,7 +100,7 @@ def train(config: Config, accelerator: Accelerator) -> int:
         interrupt = trainer.run()
         full_kimg = PRESETS[str(config.preset)](config.res, accelerator.num_processes, config.batch_size).kimg
         assert full_kimg is not None
-        if trainer.total_images < full_kimg * 1000 and trainer.sec_per_kimg is not None:
+        if not interrupt.exit_code and trainer.total_images < full_kimg * 1000 and trainer.sec_per_kimg is not None:
             trainer.say(
                 f"at {trainer.sec_per_kimg:.3g} s/kimg as here, the full {full_kimg:,.0f} kimg of {config.preset} "
                 f"would take {format_duration(trainer.sec_per_kimg * full_kimg)}"
@@ -141,7 +141,7 @@ def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Co
     assert config.batch_size is not None
     per_process = config.batch_size // accelerator.num_processes
 
-    build = partial(trial, config, c_dim, accelerator.device)
+    build = partial(trial, config, c_dim)
     return with_batch_gpu(config, largest_batch_gpu(build, config, c_dim, per_process, accelerator.device))
 
 

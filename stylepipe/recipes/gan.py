@@ -205,4 +205,6 @@ def build_networks(config: Config, c_dim: int, device: torch.device) -> tuple[Ge
             mbstd_channels=network.mbstd_channels,
             **common,
         )
-    return G.to(device), D.to(device)
+    if device.type != "cpu":  # drawn on the CPU, so that every device starts from the same weights
+        G.to(device), D.to(device)
+    return G, D

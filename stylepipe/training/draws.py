@@ -24,7 +24,7 @@ class Draws:
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed = seed
         self.device = device
-        self._generator = torch.Generator(device)
+        self._generator = None if device.type == "meta" else torch.Generator(device)  # nothing is drawn there
 
     def normal(self, purpose: str, positions: Sequence[int], size: int) -> Tensor:
         """Return standard normal [N, size] float32."""
@@ -42,6 +42,8 @@ class Draws:
     def image_noise(self, purpose: str, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return standard normal [N, *shape] float32, drawn on the device."""
         noise = torch.empty(len(positions), *shape, device=self.device)
+        if self._generator is None:
+            return noise
         for row, position in zip(noise, positions, strict=True):
             self._generator.manual_seed(_hash(self.seed, purpose, position))
             row.normal_(generator=self._generator)

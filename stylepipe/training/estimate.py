@@ -1,19 +1,19 @@
 """What a training will cost, counted without running it: operations and memory of each phase.
 
-The phases run on fake tensors, which have shapes and no data. So 1024 px at any batch size takes a few seconds.
+The phases run on PyTorch's meta device, where tensors have shapes and no data. So 1024 px at any batch size takes a few
+seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from stylepipe.config import Config
 from stylepipe.training.arena import mark_trained
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
@@ -34,17 +34,12 @@ class Estimate:
     memory_bytes: int
 
 
-def estimate(build: Callable[[int], Recipe], config: Config, c_dim: int, batch_gpu: int) -> Estimate:
-    """Count the cost of the phases on micro-batches of `batch_gpu` images; `build` makes the recipe for them."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        recipe = build(batch_gpu)
-        weights = sum(p.numel() * p.element_size() for net in recipe.networks.values() for p in net.parameters())
-        flops: dict[str, float] = {}
-        activations = 0
-        for phase in recipe.phases:
-            flops[phase.name], kept = _cost(recipe, phase, config.res, c_dim, batch_gpu)
-            activations = max(activations, kept)
-    return Estimate(flops, weights * _COPIES + activations)
+def estimate(recipe: Recipe, res: int, c_dim: int, batch_gpu: int) -> Estimate:
+    """Count the cost of the phases of a recipe on the meta device, on micro-batches of `batch_gpu` images."""
+    weights = sum(p.numel() * p.element_size() for net in recipe.networks.values() for p in net.parameters())
+    costs = {phase.name: _cost(recipe, phase, res, c_dim, batch_gpu) for phase in recipe.phases}
+    flops = {name: cost[0] for name, cost in costs.items()}
+    return Estimate(flops, weights * _COPIES + max(cost[1] for cost in costs.values()))
 
 
 def flops_per_image(recipe: Recipe, cost: Estimate, batch_gpu: int) -> float:
@@ -77,19 +72,32 @@ def _cost(recipe: Recipe, phase: Phase, res: int, c_dim: int, batch_gpu: int) ->
             largest = max(largest, size)
         return tensor
 
-    img = torch.zeros(batch_gpu, 3, res, res).to(memory_format=torch.channels_last)
-    micro_batch = MicroBatch(
-        list(range(batch_gpu)), recipe.schedule.at(0), img if phase.uses_reals else None, torch.zeros(batch_gpu, c_dim)
-    )
+    device = torch.device("meta")
+    img = torch.zeros(batch_gpu, 3, res, res, device=device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch_gpu, c_dim, device=device)
+    micro_batch = MicroBatch(list(range(batch_gpu)), recipe.schedule.at(0), img if phase.uses_reals else None, labels)
     trained = list(network.parameters())
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            for term in phase.loss(micro_batch, Record(img.device)):
-                peak = max(peak, sum(kept.values()))
-                torch.autograd.grad(term, trained, allow_unused=True)
-                kept.clear()
-        flops = counter.get_total_flops()
-    return flops, peak + _LARGEST_TEMPORARIES * largest
+    with _FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for term in phase.loss(micro_batch, Record(device)):
+            peak = max(peak, sum(kept.values()))
+            torch.autograd.grad(term, trained, allow_unused=True)
+            kept.clear()
+    return counter.flops, peak + _LARGEST_TEMPORARIES * largest
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Adds up the operations of matrix products and convolutions; PyTorch's own counter fails on R1's inner gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

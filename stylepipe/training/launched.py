@@ -13,8 +13,8 @@ import torch
 
 from stylepipe.errors import UserError
 
-# Set by launchers for each of their processes: how many there are. (SLURM_NTASKS would not do: it is also set for a batch
-# script, which runs once.)
+# Set by launchers for each of their processes: how many there are. (SLURM_NTASKS would not do: it is also set for a
+# batch script, which runs once.)
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by every launcher of `accelerate launch`
 
@@ -22,8 +22,8 @@ LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by every launcher o
 def check_launch(num_processes: int) -> None:
     """See that a training of one process was meant to be one.
 
-    `accelerate launch --cpu --num_processes 2` starts a single process, `--cpu --num_machines 2` and some uses of torchrun,
-    srun and mpirun several that know nothing of one another: each would train its own model.
+    `accelerate launch --cpu --num_processes 2` starts a single process, `--cpu --num_machines 2` and some uses of
+    torchrun, srun and mpirun several that know nothing of one another: each would train its own model.
 
     Args:
         num_processes: how many processes train together, `accelerator.num_processes`.
@@ -70,7 +70,7 @@ def right_command(processes: int, machines: int = 1) -> str:
 
 
 def _asked_of_accelerate() -> tuple[int, int]:
-    """Return the processes and machines that the `accelerate launch` above this process was asked for, 1 where unknown."""
+    """Return the processes and machines that the launcher of this process was asked for, 1 where unknown."""
     try:
         words = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):  # the launcher has died, or belongs to somebody else

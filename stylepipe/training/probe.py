@@ -20,7 +20,7 @@ HEADROOM = 0.9  # of the free memory: grids and the fragmentation of long runs t
 
 
 def largest_batch_gpu(
-    build: Callable[[int], Recipe], config: Config, c_dim: int, per_process: int, device: torch.device
+    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, per_process: int, device: torch.device
 ) -> int:
     """Return the largest divisor of `per_process` that fits, the same on every process.
 
@@ -28,7 +28,7 @@ def largest_batch_gpu(
     activations that the phases keep.
 
     Args:
-        build: makes a recipe for a micro-batch size.
+        build: makes a recipe on a device for a micro-batch size.
         config: resolved settings.
         c_dim: label dimensions.
         per_process: images that one process handles in a step.
@@ -50,12 +50,12 @@ def largest_batch_gpu(
 
 
 def _fits_gpu(
-    build: Callable[[int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
+    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
 ) -> bool:
     free = free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        engine = Engine(build(batch_gpu), batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
+        engine = Engine(build(device, batch_gpu), batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
         stage = engine.recipe.schedule.at(0)
         images, labels = random_batch(engine, config.res, c_dim)
         for phase in engine.recipe.phases:
@@ -71,7 +71,7 @@ def _fits_gpu(
 
 
 def _fits_cpu(
-    build: Callable[[int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
+    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
 ) -> bool:
-    needed = estimate(build, config, c_dim, batch_gpu).memory_bytes
+    needed = estimate(build(torch.device("meta"), batch_gpu), config.res, c_dim, batch_gpu).memory_bytes
     return needed <= HEADROOM * free_memory(device) / local_processes()

@@ -97,12 +97,12 @@ class Tracker:
         if isinstance(self._tracker, WandBTracker):
             import wandb
 
-            self._tracker.log({name: wandb.Histogram(finite)}, step=images_seen)
+            self._tracker.log({name: wandb.Histogram(finite.tolist())}, step=images_seen)
         else:
             self._tracker.tracker.add_histogram(name, finite, global_step=images_seen)
 
     def log_artifact(self, path: Path) -> None:
-        """Upload a network file, to be found under the run's name, version by version. TensorBoard has no such thing."""
+        """Upload a network file, to be found under the run's id, version by version. TensorBoard has no such thing."""
         if isinstance(self._tracker, WandBTracker):
             import wandb
 
@@ -140,6 +140,7 @@ def _start_wandb(
         _start(accelerator, tracker, project, config)
         return tracker
 
+    logging.getLogger("wandb").propagate = False  # it keeps its own debug.log; what matters is said below
     out.mkdir(parents=True, exist_ok=True)  # W&B would silently move to the system's temporary folder
     mode, reason = _wandb_mode()
     try:

@@ -126,7 +126,9 @@ def test_thirty_two_bit_integers_are_refused(tmp_path: Path) -> None:
         square(saved(tmp_path, Image.new("I", (8, 8), 1 << 20), "a.tif"))
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("CMYK", (0, 255, 255, 0)), ("YCbCr", (76, 85, 255)), ("HSV", (0, 255, 255))])
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("CMYK", (0, 255, 255, 0)), ("YCbCr", (76, 85, 255)), ("HSV", (0, 255, 255))]
+)
 def test_other_colour_spaces(mode: str, colour: tuple[int, ...]) -> None:
     assert np.abs(np.asarray(to_srgb(Image.new(mode, (2, 2), colour))).astype(int) - RED).max() <= 2
 
@@ -236,7 +238,9 @@ def test_every_awkward_file_is_read_or_skipped_as_pillow_can(shared: Path) -> No
 
 def test_the_same_portrait_in_every_mode_looks_the_same(shared: Path) -> None:
     folder = shared / "faces" / "awkward" / "derived"
-    colour = [square(folder / name, 64).astype(float) for name in ("rgb16.png", "cmyk.jpg", "png_named.jpg", "palette64.png")]
+    colour = [
+        square(folder / name, 64).astype(float) for name in ("rgb16.png", "cmyk.jpg", "png_named.jpg", "palette64.png")
+    ]
     grey = [square(folder / name, 64).astype(float) for name in ("grey.jpg", "grey16.png")]
     luma = colour[0] @ [0.299, 0.587, 0.114]
     for image in colour[1:]:

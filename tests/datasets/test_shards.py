@@ -23,7 +23,9 @@ from stylepipe.errors import UserError
 def test_webdataset_streams_the_tars(prepared: Path, dataset: ShardDataset) -> None:
     tars = [str(tar) for tar in sorted(prepared.glob("*.tar"))]
     assert len(tars) > 1
-    samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls"))
+    samples = list(
+        webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls")
+    )
     assert len(samples) == len(dataset) == 23
     images = dataset.read(range(23))
     labels = dataset.labels(range(23))

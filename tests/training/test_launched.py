@@ -155,8 +155,8 @@ def test_accelerate_is_known_by_any_of_its_names(words: str, arguments: str | No
 
 def test_what_accelerate_is_asked_for(tmp_path: Path, root: Path) -> None:
     config = f"--config_file {root}/launch/accelerate"
-    assert asked_for("--cpu --num_processes 2 train.py --num_processes 9".split()) == (2, 1)
-    assert asked_for("--num-processes=3 --num-machines=2 train.py".split()) == (3, 2)
+    assert asked_for(["--cpu", "--num_processes", "2", "train.py", "--num_processes", "9"]) == (2, 1)
+    assert asked_for(["--num-processes=3", "--num-machines=2", "train.py"]) == (3, 2)
     assert asked_for(["train.py"]) == (1, 1)
     assert asked_for(f"{config}/cpu.yaml train.py".split()) == (2, 1)
     assert asked_for(f"{config}/multi-gpu.yaml --num_processes 4 train.py".split()) == (4, 1)

@@ -1,0 +1,279 @@
+"""Training as a user runs it: what a run leaves, how it stops, goes on, and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import stylepipe
+from stylepipe.cli.main import main
+from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    *("--res", "16", "--batch-size", "8", "--tracker", "none", "--mirror", "--seed", "3"),
+    *("--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16", "--network.w-dim", "16"),
+    *("--loss.r1-interval", "4", "--tick-kimg", "0.016", "--grid-kimg", "0.064", "--snapshot-kimg", "0.064"),
+]
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs") / "faces"
+    folder.mkdir()
+    for index in range(24):
+        draw_face(index, 32).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(photographs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "faces16"
+    prepare(photographs, out, 16, workers=1, progress=False)
+    return out
+
+
+def options(shards: Path, out: Path, kimg: float, *more: str) -> list[str]:
+    return ["train", "--data", str(shards), "--out", str(out), "--kimg", str(kimg), *TINY, *more]
+
+
+def start(arguments: list[str], **keywords) -> subprocess.Popen:
+    """Start `launch/train.py` as its own process, as a user would."""
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes, **keywords)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(2400):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+def state_tensors(out: Path, kimg: str) -> dict[str, torch.Tensor]:
+    return load_file(out / f"state-{kimg}" / "state.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory) -> Path:
+    """A run of 0.128 kimg, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(options(shards, out, 0.128)) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        *("config.yaml", "log.txt", "stats.jsonl", "grids"),
+        *("state-000000.064", "state-000000.128", "network-000000.064.safetensors", "network-000000.128.safetensors"),
+    }
+    grids = {path.name for path in (finished / "grids").iterdir()}
+    assert grids == {"real.png", "000000.000.png", "000000.064.png", "000000.128.png"}
+    with Image.open(finished / "grids" / "000000.128.png") as grid:
+        assert grid.size == (15 * 16, 8 * 16)
+    stats = [json.loads(line) for line in (finished / "stats.jsonl").read_text().splitlines()]
+    assert [line["images_seen"] for line in stats] == list(range(16, 129, 16))
+    assert all(line["world_size"] == 1 for line in stats)
+    assert {"Loss/G/adversarial", "Loss/D/adversarial", "Progress/kimg", "Timing/sec_per_kimg"} <= stats[0].keys()
+    assert {"Loss/D/r1", "Loss/G/path_length"} <= stats[0].keys()
+    log = (finished / "log.txt").read_text()
+    assert "1 process on cpu" in log
+    assert "the full 25,000 kimg of auto would take" in log
+
+
+def test_the_network_file_is_the_average_that_the_grids_show(finished):
+    G = stylepipe.load_network(finished / "network-000000.128.safetensors")
+    img = G(torch.randn(3, 16), truncation_psi=0.7)
+    assert img.shape == (3, 3, 16, 16)
+    assert img.dtype == torch.float32
+    tensors = state_tensors(finished, "000000.128")
+    torch.testing.assert_close(tensors["G.average.buffer.mapping.w_avg"], G.mapping.w_avg, rtol=0, atol=0)
+
+
+def test_a_finished_run_is_not_trained_further(finished, shards, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("network-*")}
+    assert main(options(shards, finished, 0.128)) == 0
+    assert "done: 0.128 kimg" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("network-*")} == before
+
+
+def test_its_config_file_reproduces_it(finished, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["loss"]["r1_gamma"] == pytest.approx(0.0002 * 16**2 / 8)
+    assert None not in (config["kimg"], config["batch_size"], config["ema"]["kimg"])
+    assert main(["train", "--config", str(finished / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    again, first = state_tensors(tmp_path / "again", "000000.128"), state_tensors(finished, "000000.128")
+    assert largest_difference(again, first) == 0
+
+
+def test_decoding_in_workers_changes_nothing(finished, shards, tmp_path):
+    assert main(options(shards, tmp_path / "run", 0.064, "--workers", "2")) == 0
+    assert largest_difference(state_tensors(tmp_path / "run", "000000.064"), state_tensors(finished, "000000.064")) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bit(finished, shards, tmp_path):
+    out = tmp_path / "killed"
+    process = start(options(shards, out, 0.128))
+    wait_for(out / "state-000000.064", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "state-000000.128").exists()
+    process = start(options(shards, out, 0.128))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "going on from 0.064" in output
+    assert largest_difference(state_tensors(out, "000000.128"), state_tensors(finished, "000000.128")) == 0
+    lines = [json.loads(line)["images_seen"] for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert lines == list(range(16, 129, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_tells_how_to_go_on(shards, tmp_path, number, code):
+    out = tmp_path / "stopped"
+    process = start(options(shards, out, 1000, "--snapshot-kimg", "1000"))
+    wait_for(out / "stats.jsonl", process)
+    time.sleep(1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    assert f"--out {out} to go on" in output
+    (state,) = out.glob("state-*")
+    assert (out / state.name.replace("state", "network")).with_suffix(state.suffix + ".safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_cpu_config_train_together(finished, shards, tmp_path):
+    out = tmp_path / "two"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml"), str(ROOT / "launch" / "train.py")]
+    # Micro-batches of four on both sides: the same images meet in minibatch stddev.
+    more = ["--batch-gpu", "4"]
+    result = subprocess.run(command + options(shards, out, 0.064, *more)[1:], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 processes on cpu" in (out / "log.txt").read_text()
+    assert all(json.loads(line)["world_size"] == 2 for line in (out / "stats.jsonl").read_text().splitlines())
+    assert main(options(shards, tmp_path / "one", 0.064, *more)) == 0
+    one, two = state_tensors(tmp_path / "one", "000000.064"), state_tensors(out, "000000.064")
+    for name in ("G.params", "D.params", "G.average"):
+        assert float((one[name] - two[name]).norm() / one[name].norm()) < 1e-3, name
+
+
+def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    text = tmp_path / "file"
+    text.write_text("x")
+    return {
+        "missing data": (["--data", str(tmp_path / "nowhere")], "nowhere"),
+        "empty data": (["--data", str(empty)], str(empty)),
+        "other resolution": (["--data", str(shards), "--res", "32"], "16"),
+        "no power of two": (["--res", "48"], "--res 48: expected a power of two from 8 to 1024; try 32"),
+        "unknown preset": (["--preset", "stylgan2"], "did you mean 'stylegan2'"),
+        "batch": (["--data", str(shards), "--batch-size", "8", "--batch-gpu", "3"], "--batch-gpu 3: expected a divisor of 8"),
+        "unwritable": (["--data", str(shards), "--out", str(text / "run")], "--out"),
+        "no labels": (["--data", str(shards), "--cond"], "--cond"),
+        "missing state": (["--data", str(shards), "--resume", str(tmp_path / "state-1")], "--resume"),
+        "missing config": (["--config", str(tmp_path / "no.yaml")], "--config"),
+        "half on a cpu": (["--data", str(shards), "--precision", "fp16"], "--precision fp16"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("missing data", "empty data", "other resolution", "no power of two", "unknown preset", "batch", "unwritable"),
+        *("no labels", "missing state", "missing config", "half on a cpu"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_exit_code_2(case, shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("STYLEPIPE_DEBUG", raising=False)
+    arguments, named = bad(tmp_path, shards)[case]
+    defaults = ["--res", "16", "--tracker", "none", "--kimg", "0.008", "--out", str(tmp_path / "out")]
+    assert main(["train", *defaults, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--networ.channel-base", "3"])
+    assert stop.value.code == 2
+    assert "--network.channel-base" in capsys.readouterr().err
+
+
+def test_a_state_of_other_networks_is_refused(finished, shards, tmp_path, capsys):
+    state = str(finished / "state-000000.064")
+    arguments = options(shards, tmp_path / "out", 0.128, "--resume", state, "--network.channel-max", "16")
+    assert main(arguments) == 2
+    assert "checkpoint of other networks" in capsys.readouterr().err
+
+
+def test_a_truncated_state_is_refused(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with open(out / "state-000000.128" / "state.safetensors", "r+b") as file:
+        file.truncate(5000)
+    assert main(options(shards, out, 0.256)) == 2
+    assert "truncated or damaged" in capsys.readouterr().err
+    shutil.rmtree(out / "state-000000.128")  # the remedy that the message gives
+    assert main(options(shards, out, 0.064)) == 0
+
+
+def test_a_run_is_not_overwritten(finished, shards, capsys):
+    assert main(options(shards, finished, 0.128, "--resume", "none")) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_runs_are_numbered(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--data", str(shards), "--kimg", "0.008", *TINY]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["00000-auto-faces-16", "00001-auto-faces-16"]
+
+
+def test_a_dry_run_tells_and_writes_nothing(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", str(shards), "--dry-run", *TINY]) == 0
+    output = capsys.readouterr().out
+    for part in ("r1_gamma: 0.0064", "G in all", "D in all", "GiB per device", "TFLOP/kimg", "s/kimg", "for 25000 kimg"):
+        assert part in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_fits_a_reader(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--res", "--data", "--preset", "--config", "--kimg", "--resume", "--network.channel-base"):
+        assert option in text
