@@ -15,7 +15,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 from stylepipe.errors import UserError
@@ -29,6 +31,21 @@ _PENDING_PER_WORKER = 2  # keeps workers busy while bounding what waits in memor
 def available_cpus() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Start worker processes within: SIGINT and SIGTERM stay pending, in them until `follow_parent` decides.
+
+    A child inherits the blocked signals. Otherwise one that came while a worker still imports its modules would end it,
+    with a traceback.
+    """
+    resource_tracker.ensure_running()  # before: where multiprocessing starts its tracker itself, it unblocks them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent() -> None:
@@ -58,11 +75,16 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
     tasks = iter(tasks)
     pending: deque[Future[Result]] = deque()
+
+    def submit(count: int) -> None:
+        with signals_held():  # submitting may start a process
+            pending.extend(executor.submit(function, task) for task in islice(tasks, count))
+
     try:
-        pending.extend(executor.submit(function, task) for task in islice(tasks, workers * _PENDING_PER_WORKER))
+        submit(workers * _PENDING_PER_WORKER)
         while pending:
             result = pending.popleft().result()
-            pending.extend(executor.submit(function, task) for task in islice(tasks, 1))
+            submit(1)
             yield result
     except BrokenProcessPool as error:
         raise UserError(

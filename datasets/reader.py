@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stylepipe.datasets import order
-from stylepipe.datasets.processes import follow_parent
+from stylepipe.datasets.processes import follow_parent, signals_held
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 
@@ -167,17 +166,13 @@ def _worker_context() -> multiprocessing.context.ForkServerContext:
     """Return the way to start workers: forked from a clean server process that has imported what they need.
 
     A fork of the training process itself would copy its threads' locks and its CUDA and InfiniBand state. The server is
-    started with SIGTERM blocked, which it and the workers inherit: else one to all processes of a job would end it, and
-    the workers with it, before the training has finished its step.
+    started with SIGTERM blocked: else one to all processes of a job would end it, and the workers with it, before the
+    training has finished its step.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    resource_tracker.ensure_running()  # first: where it starts another tracker, it unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
+    with signals_held():
         forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

@@ -162,7 +162,10 @@ def _depthwise(f: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _pad(x: torch.Tensor, padding: list[int]) -> torch.Tensor:
-    return F.pad(x, padding) if any(padding) else x
+    """Pad, then crop: a crop may reach into the zeros on the other side of a small x."""
+    grow, crop = [max(p, 0) for p in padding], [min(p, 0) for p in padding]
+    x = F.pad(x, grow) if any(grow) else x
+    return F.pad(x, crop) if any(crop) else x
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -147,6 +147,12 @@ class Config:
     ema: EMAConfig = field(default_factory=EMAConfig)
 
 
+def filled(value: T | None) -> T:
+    """Return the value of an option in a resolved config, where none is open any more."""
+    assert value is not None
+    return value
+
+
 def largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of `number` that is at most `limit` (both at least 1)."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)

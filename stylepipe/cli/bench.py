@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from stylepipe.cli.train import settle
-from stylepipe.config import Config
+from stylepipe.config import Config, filled
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.recipes.gan import GANRecipe
@@ -43,6 +43,7 @@ class Step:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure as the options say and print the figures."""
     args = list(sys.argv[1:] if argv is None else argv)
     step = tyro.extras.subcommand_cli_from_dict({"step": Step}, args=args, prog="stylepipe bench")
     if step.repeats < 1:
@@ -65,7 +66,7 @@ def bench_step(step: Step) -> dict[str, object]:
     config = settle(step.config, accelerator)
     if not isinstance(config.batch_gpu, int):
         raise UserError(f"--batch-gpu {config.batch_gpu}: expected a number; a benchmark must be repeatable")
-    assert config.batch_size is not None
+    batch_size = filled(config.batch_size)
     engine = Engine(
         GANRecipe(config, accelerator.device), batch_gpu=config.batch_gpu, optim=config.optim, ema=config.ema
     )
@@ -75,10 +76,10 @@ def bench_step(step: Step) -> dict[str, object]:
     for name, median in seconds.items():
         print(f"{name:<14} {median:8.4f} s")
     return {
-        "s_per_kimg": amortised(engine, seconds) / config.batch_size * 1000,
+        "s_per_kimg": amortised(engine, seconds) / batch_size * 1000,
         "phase_seconds": seconds,
         "res": config.res,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
         "batch_gpu": config.batch_gpu,
         "channel_base": config.network.channel_base,
         "channel_max": config.network.channel_max,
@@ -92,4 +93,5 @@ def bench_step(step: Step) -> dict[str, object]:
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or the kind of processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"

@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from stylepipe.config import Config, largest_divisor
+from stylepipe.config import Config, filled, largest_divisor
 from stylepipe.recipes.gan import trial
 from stylepipe.training.engine import Engine
 from stylepipe.training.estimate import estimate, flops_per_image, format_duration
@@ -21,7 +21,8 @@ _CPU_SAMPLE_RES = 128  # on a CPU the speed is measured on networks of this reso
 
 def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -> None:
     """Print resolved settings, parameter table, and estimates of memory and time."""
-    assert isinstance(config.batch_gpu, int) and config.kimg is not None
+    assert isinstance(config.batch_gpu, int)
+    kimg = filled(config.kimg)
     print(yaml.safe_dump(config_mapping(config), sort_keys=False))
 
     recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
@@ -36,7 +37,7 @@ def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -
     sec_per_kimg = per_image * 1000 / _measured_flops(config, c_dim, device) / world_size
     print(f"work     {per_image * 1000 / 1e12:.1f} TFLOP/kimg")
     print(f"time     about {sec_per_kimg:.3g} s/kimg on {world_size} of this device, as measured now:")
-    print(f"         {format_duration(sec_per_kimg * config.kimg)} for {config.kimg:g} kimg")
+    print(f"         {format_duration(sec_per_kimg * kimg)} for {kimg:g} kimg")
 
 
 def parameter_table(name: str, network: nn.Module) -> str:

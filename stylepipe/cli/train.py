@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 
 from stylepipe.cli.dry_run import dry_run
-from stylepipe.config import Config, from_mapping
+from stylepipe.config import Config, filled, from_mapping
 from stylepipe.datasets.cache import dataset_for_training
 from stylepipe.datasets.shards import ShardDataset, open_dataset
 from stylepipe.errors import UserError
@@ -27,8 +27,8 @@ from stylepipe.training.allocator import keep_freed_memory
 from stylepipe.training.checkpoint import State, load_state, newest_state
 from stylepipe.training.distributed import leave, make_accelerator, on_main_process, use_all_cores
 from stylepipe.training.estimate import format_duration
-from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.launched import check_launch
+from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.trainer import Trainer
 
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
@@ -40,6 +40,7 @@ What a flag says wins over the file, the file over the preset, the preset over t
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the options say; exits with 128 + signal number where a signal ended it."""
     config = parse(sys.argv[1:] if argv is None else argv)
     keep_freed_memory()
     accelerator = make_accelerator()
@@ -98,8 +99,7 @@ def train(config: Config, accelerator: Accelerator) -> int:
     recipe = make_recipe(config, dataset, c_dim, accelerator.device)
     with closing(Trainer(config, recipe, dataset, accelerator, out, state)) as trainer:
         interrupt = trainer.run()
-        full_kimg = PRESETS[str(config.preset)](config.res, accelerator.num_processes, config.batch_size).kimg
-        assert full_kimg is not None
+        full_kimg = filled(PRESETS[str(config.preset)](config.res, accelerator.num_processes, config.batch_size).kimg)
         if not interrupt.exit_code and trainer.total_images < full_kimg * 1000 and trainer.sec_per_kimg is not None:
             trainer.say(
                 f"at {trainer.sec_per_kimg:.3g} s/kimg as here, the full {full_kimg:,.0f} kimg of {config.preset} "
@@ -129,23 +129,24 @@ def open_data(config: Config, accelerator: Accelerator) -> ShardDataset:
 
 
 def label_dimensions(config: Config, dataset: ShardDataset) -> int:
+    """Return how many numbers a label has in this training; 0 without --cond."""
     if config.cond and dataset.c_dim == 0:
         raise UserError(
-            f"--cond: {dataset.name} has no labels; prepare it with `stylepipe prepare --labels`, which takes the names "
-            f"of sub-folders as classes, or leave --cond out"
+            f"--cond: {dataset.name} has no labels; prepare it with `stylepipe prepare --labels`, which takes the "
+            f"names of sub-folders as classes, or leave --cond out"
         )
     return dataset.c_dim if config.cond else 0
 
 
 def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Config:
-    assert config.batch_size is not None
-    per_process = config.batch_size // accelerator.num_processes
-
+    """Set the micro-batch to the largest that fits the memory of every process."""
+    per_process = filled(config.batch_size) // accelerator.num_processes
     build = partial(trial, config, c_dim)
     return with_batch_gpu(config, largest_batch_gpu(build, config, c_dim, per_process, accelerator.device))
 
 
 def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, device: torch.device) -> GANRecipe:
+    """Build what is trained; labels of generated images are drawn from those of the data."""
     if c_dim == 0:
         return GANRecipe(config, device)
     return GANRecipe(config, device, c_dim, lambda ids: torch.from_numpy(dataset.labels(ids)), len(dataset))

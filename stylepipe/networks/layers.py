@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import activation_gain, bias_act, setup_filter, upfirdn2d
+from stylepipe.kernels import activation_gain, bias_act, setup_filter, upfirdn2d, upsample2d
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
 _DEMODULATION_EPS = 1e-8
@@ -130,7 +130,7 @@ class UpsampleConv1x1(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, in_channels, H, W] to [N, out_channels, 2H, 2W]."""
         x = F.conv2d(x, (self.weight * self._weight_gain).to(x.dtype))
-        return upfirdn2d(x, self.resample_filter, up=2, padding=(2, 1), gain=4)
+        return upsample2d(x, self.resample_filter)
 
 
 class SynthesisLayer(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import setup_filter, upsample2d, downsample2d
+from stylepipe.kernels import downsample2d, setup_filter, upsample2d
 from stylepipe.networks.layers import (
     RESAMPLE_TAPS,
     Conv2d,

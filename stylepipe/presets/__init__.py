@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from stylepipe.config import Config, largest_divisor, overlay, validate
+from stylepipe.config import Config, filled, largest_divisor, overlay, validate
 from stylepipe.errors import UserError
 from stylepipe.presets import auto, paper256, paper1024, stylegan2
 
@@ -45,21 +45,21 @@ def resolve(config: Config, world_size: int) -> Config:
     config = overlay(replace(defaults, preset=name), config)
     validate(config)
 
-    assert config.batch_size is not None
-    if config.batch_size % world_size:
-        below = config.batch_size // world_size * world_size
+    batch_size = filled(config.batch_size)
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
         raise UserError(
-            f"--batch-size {config.batch_size}: expected a multiple of the {world_size} processes; "
+            f"--batch-size {batch_size}: expected a multiple of the {world_size} processes; "
             f"try {below or world_size} or {(below or world_size) + world_size}"
         )
     if config.batch_gpu == "auto":
         return config
     assert isinstance(config.batch_gpu, int)
-    per_process = config.batch_size // world_size
+    per_process = batch_size // world_size
     if batch_gpu_given and per_process % config.batch_gpu:
         raise UserError(
             f"--batch-gpu {config.batch_gpu}: expected a divisor of {per_process}, the images of one process "
-            f"(--batch-size {config.batch_size} / {world_size} processes); "
+            f"(--batch-size {batch_size} / {world_size} processes); "
             f"try {largest_divisor(per_process, config.batch_gpu)}"
         )
     return with_batch_gpu(config, largest_divisor(per_process, config.batch_gpu))
@@ -67,8 +67,7 @@ def resolve(config: Config, world_size: int) -> Config:
 
 def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
     """Set the micro-batch, and the minibatch stddev group to its largest divisor up to the preset's."""
-    assert config.network.mbstd_group_size is not None
-    group = largest_divisor(batch_gpu, config.network.mbstd_group_size)
+    group = largest_divisor(batch_gpu, filled(config.network.mbstd_group_size))
     return replace(config, batch_gpu=batch_gpu, network=replace(config.network, mbstd_group_size=group))
 
 

@@ -12,6 +12,7 @@ from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig, Optim
 
 
 def preset(res: int, world_size: int, batch_size: int | None) -> Config:
+    """Return the settings; see `stylepipe.presets`."""
     batch_gpu = min(4096 // res, 32)
     if batch_size is None:
         batch_size = max(min(world_size * batch_gpu, 64) // world_size, 1) * world_size  # the formula's, made to divide

@@ -12,6 +12,7 @@ from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig, Optim
 
 
 def preset(res: int, world_size: int, batch_size: int | None) -> Config:
+    """Return the settings; see `stylepipe.presets`."""
     return Config(
         kimg=25_000,
         batch_size=batch_size or 32,

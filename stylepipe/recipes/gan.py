@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stylepipe.config import Config
+from stylepipe.config import Config, filled
 from stylepipe.images import to_uint8
 from stylepipe.losses.adversarial import logistic_d_fake, logistic_d_real, non_saturating_g
 from stylepipe.losses.regularizers import path_lengths, r1_penalty
 from stylepipe.networks.stylegan2 import Discriminator, Generator
 from stylepipe.presets import with_batch_gpu
 from stylepipe.training.draws import Draws
-from stylepipe.training.growth import FixedResolution
+from stylepipe.training.growth import FixedResolution, Schedule
 from stylepipe.training.phase import MicroBatch, Phase, Record
 
 W_AVG_DECAY = 0.998  # per step, of the mean w that truncation pulls towards
@@ -41,10 +42,8 @@ class GANRecipe:
         self, config: Config, device: torch.device, c_dim: int = 0, labels_at: LabelSource | None = None,
         num_labels: int = 1,
     ) -> None:  # fmt: skip
-        assert config.batch_size is not None and config.loss.r1_gamma is not None
-        assert config.optim.g_lr is not None and config.optim.d_lr is not None
         self.loss = config.loss
-        self.r1_gamma = config.loss.r1_gamma
+        self.r1_gamma = filled(config.loss.r1_gamma)
         self.device = device
         self.c_dim = c_dim
         self.draws = Draws(config.seed, device)
@@ -55,10 +54,10 @@ class GANRecipe:
 
         self.networks: Mapping[str, nn.Module] = {"G": self.G, "D": self.D}
         self.averaged: Mapping[str, nn.Module] = {"G": self.G_ema}
-        self.learning_rates = {"G": config.optim.g_lr, "D": config.optim.d_lr}
-        self.schedule = FixedResolution(config.res, config.batch_size)
-        self.state = {"pl_mean": self.pl_mean}
-        self.phases = self._phases()
+        self.learning_rates: Mapping[str, float] = {"G": filled(config.optim.g_lr), "D": filled(config.optim.d_lr)}
+        self.schedule: Schedule = FixedResolution(config.res, filled(config.batch_size))
+        self.state: Mapping[str, Tensor] = {"pl_mean": self.pl_mean}
+        self.phases: Sequence[Phase] = self._phases()
 
     def _phases(self) -> list[Phase]:
         phases = [Phase("G/main", "G", 1, self.g_main, after=self._follow_w_avg)]
@@ -179,11 +178,10 @@ def trial(config: Config, c_dim: int, device: torch.device, batch_gpu: int) -> G
 def build_networks(config: Config, c_dim: int, device: torch.device) -> tuple[Generator, Discriminator]:
     """Build StyleGAN2's networks from resolved settings, initialised from the seed, the same on every device."""
     network, half = config.network, HALF_TYPES.get(config.precision)
-    assert network.channel_base and network.channel_max and network.mapping_layers and network.mbstd_group_size
-    common = {
+    common: dict[str, Any] = {
         "c_dim": c_dim,
-        "channel_base": network.channel_base,
-        "channel_max": network.channel_max,
+        "channel_base": filled(network.channel_base),
+        "channel_max": filled(network.channel_max),
         "conv_clamp": network.conv_clamp,
         "half_levels": network.half_levels if half else 0,
         "half_dtype": half,
@@ -194,14 +192,14 @@ def build_networks(config: Config, c_dim: int, device: torch.device) -> tuple[Ge
             config.res,
             z_dim=network.z_dim,
             w_dim=network.w_dim,
-            mapping_layers=network.mapping_layers,
+            mapping_layers=filled(network.mapping_layers),
             architecture=network.g_architecture,
             **common,
         )
         D = Discriminator(
             config.res,
             architecture=network.d_architecture,
-            mbstd_group_size=network.mbstd_group_size,
+            mbstd_group_size=filled(network.mbstd_group_size),
             mbstd_channels=network.mbstd_channels,
             **common,
         )

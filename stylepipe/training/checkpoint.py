@@ -114,8 +114,8 @@ def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> N
         for name in [*shapes, *found]:
             if list(shapes.get(name, ())) != list(found.get(name, ())) or (name in shapes) != (name in found):
                 raise UserError(
-                    f"{state.path}: checkpoint of other networks: {network}.{name} is {found.get(name, 'absent')} there "
-                    f"and {shapes.get(name, 'absent')} with these settings; use the settings of that run (its "
+                    f"{state.path}: checkpoint of other networks: {network}.{name} is {found.get(name, 'absent')} "
+                    f"there and {shapes.get(name, 'absent')} with these settings; use the settings of that run (its "
                     f"config.yaml, with --config), or another --out"
                 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from stylepipe.config import EMAConfig, OptimConfig
+from stylepipe.config import EMAConfig, OptimConfig, filled
 from stylepipe.datasets.reader import Batch
 from stylepipe.training.arena import Arena, mark_trained
 from stylepipe.training.distributed import average_
@@ -37,7 +37,6 @@ class Engine:
     def __init__(
         self, recipe: Recipe, *, batch_gpu: int, optim: OptimConfig, ema: EMAConfig, rank: int = 0, world_size: int = 1
     ) -> None:
-        assert ema.kimg is not None and ema.rampup is not None
         self.recipe = recipe
         self.batch_gpu = batch_gpu
         self.rank, self.world_size = rank, world_size
@@ -47,7 +46,7 @@ class Engine:
         self.optimizers = {name: self._optimizer(name, optim) for name in self.arenas}
         self.device = next(iter(self.arenas.values())).params.device
         self.record = Record(self.device)
-        self._ema = (ema.kimg, ema.rampup)
+        self._ema = (filled(ema.kimg), filled(ema.rampup))
         for network in recipe.networks.values():
             network.train()
             mark_trained(network, False)

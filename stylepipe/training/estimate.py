@@ -27,7 +27,7 @@ class Estimate:
 
     Attributes:
         flops: floating point operations of each phase, by name (a multiplication and an addition are two).
-        memory_bytes: what training holds at its peak: weights in all copies, and the activations of the hungriest phase.
+        memory_bytes: what training holds at its peak: all copies of the weights, activations of the hungriest phase.
     """
 
     flops: dict[str, float]
@@ -86,7 +86,7 @@ def _cost(recipe: Recipe, phase: Phase, res: int, c_dim: int, batch_gpu: int) ->
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Adds up the operations of matrix products and convolutions; PyTorch's own counter fails on R1's inner gradient."""
+    """Adds up what matrix products and convolutions do; PyTorch's own counter fails on R1's inner gradient."""
 
     def __init__(self) -> None:
         super().__init__()

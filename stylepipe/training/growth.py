@@ -29,6 +29,8 @@ class Stage:
 
 
 class Schedule(Protocol):
+    """Says what the training looks like at every point of the image counter."""
+
     def at(self, images_seen: int) -> Stage:
         """Return the stage of the step that begins after `images_seen` images."""
         ...

@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from stylepipe.config import Config
+from stylepipe.config import Config, filled
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
@@ -62,12 +62,13 @@ class Trainer:
         out: Path,
         state: State | None = None,
     ) -> None:
-        assert isinstance(config.batch_gpu, int) and config.batch_size is not None and config.kimg is not None
+        assert isinstance(config.batch_gpu, int)
         self.config, self.recipe, self.dataset, self.accelerator, self.out = config, recipe, dataset, accelerator, out
+        self.batch_gpu = config.batch_gpu
         self.is_main = accelerator.is_main_process
         self.engine = Engine(
             recipe,
-            batch_gpu=config.batch_gpu,
+            batch_gpu=self.batch_gpu,
             optim=config.optim,
             ema=config.ema,
             rank=accelerator.process_index,
@@ -78,8 +79,8 @@ class Trainer:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
             resumed, run_id = state.images_seen, state.info["tracker_run_id"]
-        self.batch_size = config.batch_size
-        self.total_images = -(-round(config.kimg * 1000) // self.batch_size) * self.batch_size
+        self.batch_size = filled(config.batch_size)
+        self.total_images = -(-round(filled(config.kimg) * 1000) // self.batch_size) * self.batch_size
         self.sec_per_kimg: float | None = None
         settings = config_mapping(config)
         if self.is_main:
@@ -151,8 +152,8 @@ class Trainer:
         if failed:
             raise UserError(
                 f"training has diverged: every gradient since the last log line was inf or NaN, so no update was made; "
-                f"the last healthy weights are in {self.out}; go on from an older state with --resume and a lower "
-                f"learning rate or a larger --loss.r1-gamma"
+                f"the last healthy weights are in {self.out}; go on from an older state with --resume and a larger "
+                f"--loss.r1-gamma or a lower learning rate"
             )
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
@@ -203,8 +204,7 @@ class Trainer:
     def _save_grid(self) -> None:
         if self.is_main:
             columns, rows = grid_shape(self.config.res)
-            assert isinstance(self.config.batch_gpu, int)
-            images = self.recipe.sample(columns * rows, self.config.batch_gpu).numpy()
+            images = self.recipe.sample(columns * rows, self.batch_gpu).numpy()
             grid = make_grid(images, columns)
             path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
             save_image(path, grid)
@@ -249,7 +249,7 @@ class Trainer:
         return (
             f"{self.config.preset} at {self.config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
             f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
-            f"batch {self.batch_size} ({self.config.batch_gpu} at a time per device), {self.config.precision}; "
+            f"batch {self.batch_size} ({self.batch_gpu} at a time per device), {self.config.precision}; "
             + ", ".join(f"{name} {count / 1e6:.2f}M parameters" for name, count in counts.items())
             + f"; {'from' if self.engine.images_seen == 0 else 'going on from'} {self.engine.images_seen / 1000:g} "
             f"to {self.total_images / 1000:g} kimg"
@@ -279,5 +279,7 @@ def config_mapping(config: Config) -> dict[str, Any]:
 def tick_line(stats: Mapping[str, float]) -> str:
     """Return the line of the log for one tick."""
     parts = [f"kimg {stats['Progress/kimg']:<9.3f}", f"s/kimg {stats['Timing/sec_per_kimg']:<8.2f}"]
-    parts += [f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in LOSSES.items()]
+    parts += [
+        f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in LOSSES.items()
+    ]
     return "  ".join(parts) + f"  mem {stats['Resources/peak_memory_gib']:.2f} GiB"

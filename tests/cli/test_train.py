@@ -196,7 +196,7 @@ def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
         "other resolution": (["--data", str(shards), "--res", "32"], "16"),
         "no power of two": (["--res", "48"], "--res 48: expected a power of two from 8 to 1024; try 32"),
         "unknown preset": (["--preset", "stylgan2"], "did you mean 'stylegan2'"),
-        "batch": (["--data", str(shards), "--batch-size", "8", "--batch-gpu", "3"], "--batch-gpu 3: expected a divisor of 8"),
+        "batch": (["--data", str(shards), "--batch-size", "8", "--batch-gpu", "3"], "expected a divisor of 8"),
         "unwritable": (["--data", str(shards), "--out", str(text / "run")], "--out"),
         "no labels": (["--data", str(shards), "--cond"], "--cond"),
         "missing state": (["--data", str(shards), "--resume", str(tmp_path / "state-1")], "--resume"),
@@ -265,7 +265,8 @@ def test_a_dry_run_tells_and_writes_nothing(shards, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--data", str(shards), "--dry-run", *TINY]) == 0
     output = capsys.readouterr().out
-    for part in ("r1_gamma: 0.0064", "G in all", "D in all", "GiB per device", "TFLOP/kimg", "s/kimg", "for 25000 kimg"):
+    parts = ("r1_gamma: 0.0064", "G in all", "D in all", "GiB per device", "TFLOP/kimg", "s/kimg", "for 25000 kimg")
+    for part in parts:
         assert part in output
     assert list(tmp_path.iterdir()) == []
 

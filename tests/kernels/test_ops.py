@@ -64,7 +64,8 @@ def upfirdn2d_by_definition(x, f, up, down, padding, flip_filter, gain):
     n, c, h, w = x.shape
     zeros = x.new_zeros(n, c, h * upy, w * upx)
     zeros[:, :, ::upy, ::upx] = x
-    zeros = F.pad(zeros, (x0, x1, y0, y1))
+    zeros = F.pad(zeros, [max(p, 0) for p in padding])
+    zeros = zeros[:, :, max(-y0, 0) : zeros.shape[2] - max(-y1, 0), max(-x0, 0) : zeros.shape[3] - max(-x1, 0)]
     f = f if f.ndim == 2 else torch.outer(f, f)
     f = (f if flip_filter else f.flip([0, 1])).to(x.dtype) * gain
     rows, columns = zeros.shape[2] - f.shape[0] + 1, zeros.shape[3] - f.shape[1] + 1
@@ -137,7 +138,7 @@ def test_upfirdn2d_types_and_formats(options, memory_format, dtype) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8)])
 def test_empty_batches(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
-    y = kernels.upfirdn2d(x, torch.ones(4, 4), up=2, padding=(2, 1))
+    y = kernels.upfirdn2d(x, torch.ones(4, 4), up=2, padding=(2, 1, 2, 1))
     assert y.shape == (*shape[:2], 16, 16)
     z = kernels.bias_act(y, torch.ones(shape[1]), act="lrelu")
     z.sum().backward()

@@ -57,7 +57,7 @@ def test_a_truncated_state_is_refused(tmp_path, keep_bytes):
     path = save(tmp_path)
     content = (path / "state.safetensors").read_bytes()
     (path / "state.safetensors").write_bytes(content[:keep_bytes])
-    with pytest.raises(UserError, match="truncated or damaged.*go on from an older one"):
+    with pytest.raises(UserError, match=r"truncated or damaged.*go on from an older one"):
         load_state(path)
 
 
@@ -76,7 +76,7 @@ def test_other_damage_is_answered_in_a_sentence(tmp_path):
     path = save(tmp_path)
     shutil.copytree(path, tmp_path / "a")
     (tmp_path / "a" / "state.safetensors").unlink()
-    with pytest.raises(UserError, match="state.safetensors is missing"):
+    with pytest.raises(UserError, match=r"state\.safetensors is missing"):
         load_state(tmp_path / "a")
     shutil.copytree(path, tmp_path / "b")
     (tmp_path / "b" / "state.json").write_text("{")

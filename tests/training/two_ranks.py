@@ -36,9 +36,7 @@ def main(out: Path, regularize: bool) -> None:
     torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
     torch.rand(rank + 1)
     recipe = GANRecipe(config, accelerator.device)
-    engine = Engine(
-        recipe, batch_gpu=BATCH_GPU, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size
-    )
+    engine = Engine(recipe, batch_gpu=BATCH_GPU, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size)
     result: dict[str, torch.Tensor] = {}
     run_phase = engine.run_phase
 
