@@ -103,11 +103,12 @@ class Reader:
                 if isinstance(batch, _Mistake):
                     raise UserError(batch.message)
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # The last three: a worker died while handing a batch over.
+            if not self.num_workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             raise UserError(
-                f"a process that reads data was killed ({str(error).splitlines()[0]}), most likely for want of memory; "
+                f"a process that reads data was killed ({_first_line(error)}), most likely for want of memory; "
                 f"use fewer than {self.num_workers} workers, or give the container more memory and {_SHARED_MEMORY}"
             ) from error
 
@@ -156,6 +157,10 @@ class _RankBatches:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _start_worker(_: int) -> None:

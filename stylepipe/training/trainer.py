@@ -244,15 +244,14 @@ class Trainer:
         return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes() - 1))
 
     def _opening(self) -> str:
-        accelerator = self.accelerator
+        accelerator, seen = self.accelerator, self.engine.images_seen
+        processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
         counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.recipe.networks.items()}
         return (
             f"{self.config.preset} at {self.config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
-            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} on {accelerator.device.type}, "
-            f"batch {self.batch_size} ({self.batch_gpu} at a time per device), {self.config.precision}; "
+            f"{processes} on {accelerator.device.type}, batch {self.batch_size} ({self.batch_gpu} at a time per device), {self.config.precision}; "
             + ", ".join(f"{name} {count / 1e6:.2f}M parameters" for name, count in counts.items())
-            + f"; {'from' if self.engine.images_seen == 0 else 'going on from'} {self.engine.images_seen / 1000:g} "
-            f"to {self.total_images / 1000:g} kimg"
+            + f"; {'from' if seen == 0 else 'going on from'} {seen / 1000:g} to {self.total_images / 1000:g} kimg"
         )
 
     def _closing(self, interrupt: Interrupt) -> str:
