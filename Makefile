@@ -54,8 +54,10 @@ types: $(STAMP)
 	@ln -s $(CURDIR)/stylepipe/* $(CURDIR)/kernels $(CURDIR)/datasets build/types/stylepipe/
 	$(BIN)/mypy build/types/stylepipe launch/*.py
 
-gpu-check: $(STAMP) ## The tests that need a CUDA device
+gpu-check: $(STAMP) ## The tests that need a CUDA device, then the step benchmarks of docs/performance.md
 	$(BIN)/pytest tests/gpu
+	$(BIN)/stylepipe bench step --res 256 --preset paper256 --batch-gpu 32
+	$(BIN)/stylepipe bench step --res 1024 --preset stylegan2 --batch-gpu 16
 
 clean: ## Remove what the targets made, .venv and the demo's run included; other runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* $(DEMO_OUT)

@@ -25,7 +25,13 @@ from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.gan import GANRecipe, trial
 from stylepipe.training.allocator import keep_freed_memory
 from stylepipe.training.checkpoint import State, load_state, newest_state
-from stylepipe.training.distributed import leave, make_accelerator, on_main_process, use_all_cores
+from stylepipe.training.distributed import (
+    leave,
+    make_accelerator,
+    on_every_process,
+    on_main_process,
+    use_all_cores,
+)
 from stylepipe.training.estimate import format_duration
 from stylepipe.training.launched import check_launch
 from stylepipe.training.probe import largest_batch_gpu
@@ -85,16 +91,13 @@ def read_config(path: Path) -> Config:
 
 def train(config: Config, accelerator: Accelerator) -> int:
     """Run the training that `config` asks for; return the exit code that a request to stop calls for, else 0."""
-    config = settle(config, accelerator)
-    dataset = open_data(config, accelerator)
-    c_dim = label_dimensions(config, dataset)
+    config, dataset, c_dim, state = on_every_process(accelerator, look_up, config, accelerator)
     if config.batch_gpu == "auto":
         config = choose_batch_gpu(config, c_dim, accelerator)
     if config.dry_run:
         if accelerator.is_main_process:
             dry_run(config, c_dim, accelerator.device, accelerator.num_processes)
         return 0
-    state = find_state(config)
     out = on_main_process(accelerator, make_out, config, dataset.name, state)
     recipe = make_recipe(config, dataset, c_dim, accelerator.device)
     with closing(Trainer(config, recipe, dataset, accelerator, out, state)) as trainer:
@@ -108,6 +111,17 @@ def train(config: Config, accelerator: Accelerator) -> int:
     return interrupt.exit_code
 
 
+def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, ShardDataset, int, State | None]:
+    """Return resolved settings, data, label dimensions and the state to go on from; talks to no other process."""
+    config = settle(config, accelerator)
+    # Every process asks: the first on its machine prepares the data, the others wait for it.
+    folder = dataset_for_training(
+        config.data, config.res, labels=config.cond, progress=accelerator.is_local_main_process
+    )
+    dataset = open_dataset(folder, config.res)
+    return config, dataset, label_dimensions(config, dataset), find_state(config)
+
+
 def settle(config: Config, accelerator: Accelerator) -> Config:
     """Fill every option that the preset and the device decide."""
     config = resolve(config, accelerator.num_processes)
@@ -119,13 +133,6 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
     elif precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return with_precision(config, precision)
-
-
-def open_data(config: Config, accelerator: Accelerator) -> ShardDataset:
-    """Open the shards; photographs are prepared first, drawn faces drawn, by one process for all of its machine."""
-    with accelerator.local_main_process_first():
-        folder = dataset_for_training(config.data, config.res, labels=config.cond)
-    return open_dataset(folder, config.res)
 
 
 def label_dimensions(config: Config, dataset: ShardDataset) -> int:

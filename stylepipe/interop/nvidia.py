@@ -52,7 +52,9 @@ def networks_from_state(config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         missing, unknown = sorted(_CONFIG_KEYS - set(config)), sorted(set(config) - _CONFIG_KEYS)
         raise UserError(f"network config: missing {missing}, unknown {unknown}; expected {sorted(_CONFIG_KEYS)}")
     common = {key: config[key] for key in ("c_dim", "channel_base", "channel_max", "conv_clamp")}
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced: the caller's generator stays as it is
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the weights drawn here are replaced: the caller's generator stays as it is
         G = Generator(
             config["res"],
             z_dim=config["z_dim"],

@@ -285,8 +285,12 @@ class Discriminator(nn.Module):
         cmap_dim = levels.channels[_LOWEST_RES]
         self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if c_dim > 0 else None
         self.b4 = DiscriminatorEpilogue(
-            levels, img_channels, _checked(architecture), MinibatchStdDev(mbstd_group_size, mbstd_channels),
-            cmap_dim if c_dim > 0 else 0, conv_clamp,
+            levels,
+            img_channels,
+            _checked(architecture),
+            MinibatchStdDev(mbstd_group_size, mbstd_channels),
+            cmap_dim if c_dim > 0 else 0,
+            conv_clamp,
         )
 
     def forward(self, img: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,13 +7,14 @@ every process its own gradients for R1 and for calls of a part such as `G.mappin
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from stylepipe.errors import UserError
@@ -63,27 +64,45 @@ def smallest(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def from_main_process(value: T) -> T:
-    """Return the main process's `value` on every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    broadcast_object_list(box)
-    return box[0]
+def on_main_process(accelerator: Accelerator, function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function` on the main process alone and return its result on every process.
+
+    Raises:
+        UserError: `function` raised it; the other processes exit quietly with code 2.
+    """
+    box = [_attempt(function, arguments) if accelerator.is_main_process else (None, None)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(box)
+    result, failure = box[0]
+    _fail_together(accelerator, failure)
+    return cast(T, result)
 
 
-def on_main_process(accelerator: Accelerator, function, *arguments):  # type: ignore[no-untyped-def]
-    """Call `function` on the main process alone and return its result, or raise its UserError, on every process."""
-    result, failure = None, None
+def on_every_process(accelerator: Accelerator, function: Callable[..., T], *arguments: Any) -> T:
+    """Call `function` on every process and return each its own result, if it succeeds on all of them.
+
+    Raises:
+        UserError: `function` raised it somewhere. The main process raises it, the others exit quietly with code 2.
+    """
+    result, failure = _attempt(function, arguments)
+    failures = gather_object([failure]) if accelerator.num_processes > 1 else [failure]
+    _fail_together(accelerator, next((f for f in failures if f is not None), None))
+    return cast(T, result)
+
+
+def _attempt(function: Callable[..., T], arguments: Sequence[Any]) -> tuple[T | None, str | None]:
+    try:
+        return function(*arguments), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _fail_together(accelerator: Accelerator, failure: str | None) -> None:
+    if failure is None:
+        return
     if accelerator.is_main_process:
-        try:
-            result = function(*arguments)
-        except UserError as error:
-            failure = str(error)
-    result, failure = from_main_process((result, failure))
-    if failure is not None:
         raise UserError(failure)
-    return result
+    sys.exit(2)  # the message is the main process's to print
 
 
 def leave() -> None:

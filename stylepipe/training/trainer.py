@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import yaml
 from accelerate import Accelerator
 
 from stylepipe.config import Config, filled
+from stylepipe.datasets.order import ORDER_VERSION
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
@@ -28,6 +30,8 @@ from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "stylepipe"
 LOSSES = {"G": "Loss/G/adversarial", "D": "Loss/D/adversarial", "r1": "Loss/D/r1", "pl": "Loss/G/path_length"}
@@ -79,6 +83,10 @@ class Trainer:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
             resumed, run_id = state.images_seen, state.info["tracker_run_id"]
+            if state.info["order_version"] != ORDER_VERSION:
+                logger.warning(
+                    "%s was saved with another order of images; from here on the new order holds", state.path
+                )
         self.batch_size = filled(config.batch_size)
         self.total_images = -(-round(filled(config.kimg) * 1000) // self.batch_size) * self.batch_size
         self.sec_per_kimg: float | None = None
@@ -222,6 +230,7 @@ class Trainer:
                 info: Mapping[str, Any] = {
                     "tracker_run_id": self.tracker.run_id,
                     "world_size": self.accelerator.num_processes,
+                    "order_version": ORDER_VERSION,
                     "config": config_mapping(self.config),
                 }
                 path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
@@ -244,14 +253,19 @@ class Trainer:
         return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes() - 1))
 
     def _opening(self) -> str:
-        accelerator, seen = self.accelerator, self.engine.images_seen
-        processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-        counts = {name: sum(p.numel() for p in net.parameters()) for name, net in self.recipe.networks.items()}
+        config, seen = self.config, self.engine.images_seen
+        count = self.accelerator.num_processes
+        processes = "1 process" if count == 1 else f"{count} processes"
+        sizes = [
+            f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
+            for name, network in self.recipe.networks.items()
+        ]
         return (
-            f"{self.config.preset} at {self.config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
-            f"{processes} on {accelerator.device.type}, batch {self.batch_size} ({self.batch_gpu} at a time per device), {self.config.precision}; "
-            + ", ".join(f"{name} {count / 1e6:.2f}M parameters" for name, count in counts.items())
-            + f"; {'from' if seen == 0 else 'going on from'} {seen / 1000:g} to {self.total_images / 1000:g} kimg"
+            f"{config.preset} at {config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
+            f"{processes} on {self.accelerator.device.type}, "
+            f"batch {self.batch_size} ({self.batch_gpu} at a time per device), {config.precision}; "
+            f"{', '.join(sizes)}; "
+            f"{'from' if seen == 0 else 'going on from'} {seen / 1000:g} to {self.total_images / 1000:g} kimg"
         )
 
     def _closing(self, interrupt: Interrupt) -> str:
