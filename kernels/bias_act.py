@@ -60,9 +60,7 @@ _SCALED = _SELU_SCALE * _SELU_ALPHA
 _ACTIVATIONS = {
     # name: (default gain, default alpha, act(u), act'(u), act''(u))
     "linear": _Activation(1, 0, lambda u, _: u, lambda u, _: torch.ones_like(u), None),
-    "relu": _Activation(
-        math.sqrt(2), 0, lambda u, _: u.relu(), lambda u, _: (u > 0).to(u.dtype), None
-    ),
+    "relu": _Activation(math.sqrt(2), 0, lambda u, _: u.relu(), lambda u, _: (u > 0).to(u.dtype), None),
     "lrelu": _Activation(
         math.sqrt(2), 0.2, lambda u, a: F.leaky_relu(u, a), lambda u, a: torch.where(u > 0, 1.0, a).to(u.dtype), None
     ),
@@ -70,7 +68,9 @@ _ACTIVATIONS = {
     "sigmoid": _Activation(
         1, 0, lambda u, _: u.sigmoid(), lambda u, _: u.sigmoid() * (1 - u.sigmoid()), _sigmoid_second
     ),
-    "elu": _Activation(1, 0, lambda u, _: F.elu(u), lambda u, _: _exponential(u, 1, 1), lambda u, _: _exponential(u, 0, 1)),
+    "elu": _Activation(
+        1, 0, lambda u, _: F.elu(u), lambda u, _: _exponential(u, 1, 1), lambda u, _: _exponential(u, 0, 1)
+    ),
     "selu": _Activation(
         1,
         0,
@@ -213,9 +213,7 @@ def _forward_autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return dx, db, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "stylepipe::bias_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY
-)
+torch.library.register_autograd("stylepipe::bias_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
 
 
 # --- gradient: dx = dy * gain * act'(x + b), zero where clamped ---
@@ -273,8 +271,7 @@ def _backward_fake(dy: torch.Tensor, ref: torch.Tensor, *_: Any) -> torch.Tensor
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     dy, ref, b, *ctx.options = inputs
-    _, act, alpha, gain, _ = ctx.options
-    ctx.curved = _ACTIVATIONS[act].second is not None
+    ctx.curved = _ACTIVATIONS[ctx.options[1]].second is not None
     # A piecewise linear activation's gradient is linear in dy, which is then not needed again.
     ctx.save_for_backward(dy if ctx.curved else None, ref, b)
 

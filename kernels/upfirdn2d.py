@@ -123,12 +123,14 @@ def _forward(
     f = f.to(x.dtype)
     if f.ndim == 1:
         f = torch.outer(f, f)  # two separable passes lose to one depthwise convolution
-    f = f * gain
+    if gain != 1:
+        f = f * gain
     if up == [1, 1]:
         y = _filter_down(x, f if flip_filter else f.flip([0, 1]), down, padding)
     else:
         y = _filter_up(x, f.flip([0, 1]) if flip_filter else f, up, padding)
-        y = y[:, :, :: down[1], :: down[0]]
+        if down != [1, 1]:
+            y = y[:, :, :: down[1], :: down[0]]
     return y.contiguous(memory_format=memory_format)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerKind = Literal["wandb", "tensorboard", "none"]
 
 MIN_RES, MAX_RES = 8, 1024
+MAX_SEED = 2**63
 
 T = TypeVar("T")
 
@@ -83,8 +85,11 @@ class OptimConfig:
     d_lr: float | None = None
     """Learning rate of the discriminator."""
     beta1: float = 0.0
+    """Decay of the mean of gradients."""
     beta2: float = 0.99
+    """Decay of the mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +230,8 @@ def validate(config: Config) -> None:
         "--optim.eps": config.optim.eps,
     }
     for option, value in positive.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{option} {value}: expected a number above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{option} {value}: expected a finite number above 0")
     not_negative = {
         "--seed": config.seed,
         "--keep-states": config.keep_states,
@@ -240,8 +245,10 @@ def validate(config: Config) -> None:
         "--optim.d-lr": config.optim.d_lr,
     }
     for option, value in not_negative.items():
-        if value is not None and not value >= 0:
-            raise UserError(f"{option} {value}: expected 0 or more")
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{option} {value}: expected a finite number, 0 or more")
+    if config.seed >= MAX_SEED:
+        raise UserError(f"--seed {config.seed}: expected less than 2^63")
     shares = {
         "--loss.style-mixing": config.loss.style_mixing,
         "--loss.pl-decay": config.loss.pl_decay,

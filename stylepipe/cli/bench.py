@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def bench_step(step: Step) -> dict[str, object]:
     """Time the phases; return the figures that the JSON file holds."""
-    keep_freed_memory()
     accelerator = make_accelerator()
-    use_all_cores(accelerator)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+        use_all_cores()
     config = settle(step.config, accelerator)
     if not isinstance(config.batch_gpu, int):
         raise UserError(f"--batch-gpu {config.batch_gpu}: expected a number; a benchmark must be repeatable")

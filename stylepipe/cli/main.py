@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -54,14 +55,20 @@ def run(command: str, argv: Sequence[str]) -> int:
     except UserError as error:
         if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # what all processes find is said by each
+        print(f"error{'' if process == '0' else f' (process {process})'}: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except BrokenPipeError:  # such as `stylepipe train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+            raise
+        print(f"error: {error}; see to the disk, then start the same command again", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # such as `stylepipe train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
-        return EXIT_BROKEN_PIPE
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +18,12 @@ import torch
 import tyro
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from stylepipe.cli.dry_run import dry_run
 from stylepipe.config import Config, filled, from_mapping
 from stylepipe.datasets.cache import dataset_for_training
-from stylepipe.datasets.shards import ShardDataset, open_dataset
+from stylepipe.datasets.shards import ShardDataset, is_prepared, open_dataset
 from stylepipe.errors import UserError
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.gan import GANRecipe, trial
@@ -32,11 +36,14 @@ from stylepipe.training.distributed import (
     on_main_process,
     use_all_cores,
 )
-from stylepipe.training.estimate import format_duration
+from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.launched import check_launch
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
 
   accelerate launch launch/train.py --res 256 --data PHOTOGRAPHS --mirror
@@ -48,19 +55,20 @@ What a flag says wins over the file, the file over the preset, the preset over t
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the options say; exits with 128 + signal number where a signal ended it."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    keep_freed_memory()
     accelerator = make_accelerator()
     try:
         check_launch(accelerator.num_processes)
         if accelerator.is_main_process:
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
             logging.getLogger("stylepipe").setLevel(logging.INFO)
-        use_all_cores(accelerator)
-        interrupt_code = train(config, accelerator)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+            use_all_cores()
+        exit_code = train(config, accelerator)
     finally:
         leave()
-    if interrupt_code:
-        sys.exit(interrupt_code)
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
@@ -73,7 +81,13 @@ def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
     early.add_argument("--config", type=Path)
     known, rest = early.parse_known_args(argv)
     default = Config() if known.config is None else read_config(known.config)
-    return tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
+    config = tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
+    if default.preset is not None and config.preset != default.preset:
+        raise UserError(
+            f"--preset {config.preset}: --config {known.config} has the numbers of {default.preset} already; "
+            f"give one of them"
+        )
+    return config
 
 
 def read_config(path: Path) -> Config:
@@ -91,58 +105,105 @@ def read_config(path: Path) -> Config:
 
 def train(config: Config, accelerator: Accelerator) -> int:
     """Run the training that `config` asks for; return the exit code that a request to stop calls for, else 0."""
-    config, dataset, c_dim, state = on_every_process(accelerator, look_up, config, accelerator)
+    config, state, dataset, c_dim = on_every_process(accelerator, look_up, config, accelerator)
     if config.batch_gpu == "auto":
         config = choose_batch_gpu(config, c_dim, accelerator)
     if config.dry_run:
         if accelerator.is_main_process:
             dry_run(config, c_dim, accelerator.device, accelerator.num_processes)
         return 0
+    assert dataset is not None
+    check_same(accelerator, state, dataset)
     out = on_main_process(accelerator, make_out, config, dataset.name, state)
-    recipe = make_recipe(config, dataset, c_dim, accelerator.device)
-    with closing(Trainer(config, recipe, dataset, accelerator, out, state)) as trainer:
-        interrupt = trainer.run()
-        full_kimg = filled(PRESETS[str(config.preset)](config.res, accelerator.num_processes, config.batch_size).kimg)
-        if not interrupt.exit_code and trainer.total_images < full_kimg * 1000 and trainer.sec_per_kimg is not None:
-            trainer.say(
-                f"at {trainer.sec_per_kimg:.3g} s/kimg as here, the full {full_kimg:,.0f} kimg of {config.preset} "
-                f"would take {format_duration(trainer.sec_per_kimg * full_kimg)}"
-            )
-    return interrupt.exit_code
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(only_run_in(out))
+        recipe = make_recipe(config, dataset, c_dim, accelerator.device)
+        trainer = stack.enter_context(closing(Trainer(config, recipe, dataset, accelerator, out, state)))
+        del state
+        try:
+            interrupt = trainer.run()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--batch-gpu {config.batch_gpu}: out of memory on {accelerator.device}; start the same command with "
+                f"--out {out} and half of it, or with --batch-gpu auto"
+            ) from error
+        if trainer.engine.images_seen < trainer.total_images:
+            return interrupt.exit_code
+        tell_full_length(config, trainer, c_dim)
+    return 0
 
 
-def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, ShardDataset, int, State | None]:
-    """Return resolved settings, data, label dimensions and the state to go on from; talks to no other process."""
+def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | None, ShardDataset | None, int]:
+    """Return resolved settings, the state to go on from, data and label dimensions; talks to no other process.
+
+    What is quick to refuse comes first, since preparing photographs may take long. A dry run prepares nothing.
+    """
     config = settle(config, accelerator)
+    state = find_state(config)
+    if config.dry_run and not (config.data is not None and is_prepared(config.data)):
+        return config, state, None, 0
     # Every process asks: the first on its machine prepares the data, the others wait for it.
-    folder = dataset_for_training(
-        config.data, config.res, labels=config.cond, progress=accelerator.is_local_main_process
+    dataset = open_dataset(dataset_for_training(config.data, config.res, labels=config.cond), config.res)
+    if dataset.manifest.skipped and accelerator.is_main_process:
+        left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
+        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
+        logger.info("%d images of %s; left out: %s", len(dataset), dataset.name, reasons)
+    return config, state, dataset, dataset.c_dim if config.cond else 0
+
+
+def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset) -> None:
+    """See that all processes found the same state and the same data: machines may not share their disks."""
+    found = (state.images_seen if state is not None else 0, len(dataset), dataset.name)
+    everywhere = gather_object([found]) if accelerator.num_processes > 1 else [found]
+    if len(set(everywhere)) > 1:
+        raise UserError(
+            f"--out and --data: the machines disagree on (images seen, images of the data, its name): {everywhere}; "
+            f"put both on a disk that all of them share, or copy them to each"
+        )
+
+
+def tell_full_length(config: Config, trainer: Trainer, c_dim: int) -> None:
+    """Say how long the preset's full training would take at the speed of this one."""
+    world_size = trainer.accelerator.num_processes
+    full_kimg = filled(PRESETS[str(config.preset)](config.res, world_size, config.batch_size).kimg)
+    if trainer.total_images >= full_kimg * 1000 or trainer.sec_per_kimg is None:
+        return
+    # A short run has lazy phases more often than a long one, its first step all of them.
+    steps = (trainer.total_images - trainer.first_image) // filled(config.batch_size)
+    first = trainer.first_image // filled(config.batch_size)
+    recipe = trial(config, c_dim, torch.device("meta"), trainer.batch_gpu)
+    cost = estimate(recipe, config.res, c_dim, trainer.batch_gpu).flops
+    done = sum(cost[p.name] * len(range(-first % p.interval, steps, p.interval)) for p in recipe.phases) / steps
+    sec_per_kimg = trainer.sec_per_kimg * sum(cost[p.name] / p.interval for p in recipe.phases) / done
+    trainer.say(
+        f"at {sec_per_kimg:.3g} s/kimg as here, the full {full_kimg:,.0f} kimg of {config.preset} "
+        f"would take {format_duration(sec_per_kimg * full_kimg)}"
     )
-    dataset = open_dataset(folder, config.res)
-    return config, dataset, label_dimensions(config, dataset), find_state(config)
 
 
 def settle(config: Config, accelerator: Accelerator) -> Config:
-    """Fill every option that the preset and the device decide."""
+    """Fill every option that the preset and the device decide.
+
+    Raises:
+        UserError: a precision that the device has not, or what `resolve` refuses.
+    """
     config = resolve(config, accelerator.num_processes)
-    precision = config.precision
     if accelerator.device.type == "cpu":
-        if precision in ("bf16", "fp16"):
-            raise UserError(f"--precision {precision}: expected fp32 or auto on a CPU")
-        precision = "fp32"
-    elif precision == "auto":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if config.precision == "fp16":
+            raise UserError("--precision fp16: expected fp32, bf16 or auto on a CPU")
+        return with_precision(config, "fp32" if config.precision == "auto" else config.precision)
+    precision: str = config.precision
+    if precision == "auto":
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the one thing that accelerate's setting does
+        precision = asked if asked in ("bf16", "fp16") else best
+    # Float32 means float32: only where half precision is accepted may its matrix products be rounded to TF32.
+    rounding = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = rounding
+    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = True
     return with_precision(config, precision)
-
-
-def label_dimensions(config: Config, dataset: ShardDataset) -> int:
-    """Return how many numbers a label has in this training; 0 without --cond."""
-    if config.cond and dataset.c_dim == 0:
-        raise UserError(
-            f"--cond: {dataset.name} has no labels; prepare it with `stylepipe prepare --labels`, which takes the "
-            f"names of sub-folders as classes, or leave --cond out"
-        )
-    return dataset.c_dim if config.cond else 0
 
 
 def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Config:
@@ -175,21 +236,44 @@ def make_out(config: Config, data_name: str, state: State | None) -> Path:
     Raises:
         UserError: it cannot, or it holds another run that this one would overwrite.
     """
-    if config.out is None:
-        numbers = [int(m[1]) for path in Path("runs").glob("*") if (m := re.match(r"(\d{5,})-", path.name))]
-        out = Path("runs") / f"{max(numbers, default=-1) + 1:05d}-{config.preset}-{data_name}-{config.res}"
-    else:
-        out = Path(config.out)
-    if state is None and newest_state(out) is not None:
-        raise UserError(
-            f"--resume none: {out} holds a run already, which a new one would overwrite; give another --out, or leave "
-            f"--resume out to go on"
-        )
     try:
+        out = Path(config.out) if config.out is not None else next_run(f"{config.preset}-{data_name}-{config.res}")
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        with open(out / LOCK_NAME, "ab"):
+            pass
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}); give another folder") from error
+        raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
+    newest = newest_state(out)
+    if newest is not None and (state is None or newest.resolve() != state.path.resolve()):
+        raise UserError(
+            f"--resume {config.resume}: {out} holds a run already, up to {newest.name}, which this one would "
+            f"overwrite; give another --out, or leave --resume out to go on from its end"
+        )
     return out
+
+
+def next_run(name: str) -> Path:
+    """Make the folder runs/<number>-<name> with the next free number."""
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    while True:
+        numbers = [int(match[1]) for path in runs.iterdir() if (match := re.match(r"(\d{5,})-", path.name))]
+        out = runs / f"{max(numbers, default=-1) + 1:05d}-{name}"
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:  # another run took it in this moment
+            continue
+
+
+@contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Hold a lock on the run's folder that ends with this process, however it ends."""
+    with open(out / LOCK_NAME, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--out {out}: another process is training there; wait for it or give another") from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s); see that only one run uses it", out, error.strerror)
+        yield

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import activation_gain, bias_act, setup_filter, upfirdn2d, upsample2d
+from stylepipe.kernels import activation_gain, bias_act, conv2d, downsample2d, setup_filter, upfirdn2d, upsample2d
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
 _DEMODULATION_EPS = 1e-8
@@ -58,7 +58,7 @@ class Linear(nn.Module):
         """Map x [N, in_features] to [N, out_features]."""
         bias = self.bias if self._bias_gain == 1 else self.bias * self._bias_gain
         y = F.linear(x * self._weight_gain, self.weight, bias)
-        return y if self.act == "linear" else bias_act(y, act=self.act, gain=1)
+        return y if self.act == "linear" else F.leaky_relu_(y, 0.2)
 
 
 class Conv2d(nn.Module):
@@ -89,7 +89,6 @@ class Conv2d(nn.Module):
         self._bias_gain = activation_gain(act) * gain
         self._weight_gain = self._bias_gain / math.sqrt(in_channels * kernel_size**2)
         self._clamp = None if conv_clamp is None else conv_clamp * gain
-        self._padding = kernel_size // 2
         if down > 1:
             self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
 
@@ -97,23 +96,19 @@ class Conv2d(nn.Module):
         """Map x [N, in_channels, H, W] to [N, out_channels, H / down, W / down]."""
         weight = (self.weight * self._weight_gain).to(x.dtype)
         bias = None if self.bias is None else (self.bias * self._bias_gain).to(x.dtype)
-        if self.down > 1:
-            x = self._filter_for_stride(x)
-        # The 1x1 convolution has been strided by its filter already.
-        stride = self.down if self._padding else 1
-        padding = 0 if self.down > 1 else self._padding
         # oneDNN adds the bias inside of the convolution; elsewhere that would be a pass of its own.
-        fused = x.device.type == "cpu"
-        y = F.conv2d(x, weight, bias if fused else None, stride=stride, padding=padding)
-        if self.act == "linear" and self._clamp is None and (fused or bias is None):
+        fused = bias if x.device.type == "cpu" else None
+        y = self._convolve(x, weight, fused)
+        if self.act == "linear" and self._clamp is None and bias is fused:
             return y
-        return bias_act(y, None if fused else bias, act=self.act, gain=1, clamp=self._clamp)
+        return bias_act(y, bias if fused is None else None, act=self.act, gain=1, clamp=self._clamp)
 
-    def _filter_for_stride(self, x: torch.Tensor) -> torch.Tensor:
-        """Low-pass x before it is strided: 3x3 convolutions stride themselves and need a margin of one more."""
-        if self._padding:
-            return upfirdn2d(x, self.resample_filter, padding=1 + self._padding)
-        return upfirdn2d(x, self.resample_filter, down=self.down, padding=1)
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.down == 1:
+            return conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+        if weight.shape[2] == 1:  # the filter strides: the convolution then reads a quarter
+            return conv2d(downsample2d(x, self.resample_filter), weight, bias)
+        return conv2d(upfirdn2d(x, self.resample_filter, padding=2), weight, bias, stride=2)
 
 
 class UpsampleConv1x1(nn.Module):
@@ -129,7 +124,7 @@ class UpsampleConv1x1(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, in_channels, H, W] to [N, out_channels, 2H, 2W]."""
-        x = F.conv2d(x, (self.weight * self._weight_gain).to(x.dtype))
+        x = conv2d(x, (self.weight * self._weight_gain).to(x.dtype))
         return upsample2d(x, self.resample_filter)
 
 
@@ -176,40 +171,37 @@ class SynthesisLayer(nn.Module):
             w: [N, w_dim] float32.
             noise: [N or 1, 1, res, res] float32 of unit variance; None for none.
         """
-        weight, style, demodulation = self._modulation(w, x.dtype)
-        x = x * style.to(x.dtype)
+        weight, style, scale = self._modulation(w, x.dtype)
+        x = x * style
         if self.up > 1:
             # The weight is that of a correlation, used as it is in the transposed convolution; the FIR low-passes.
-            x = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)
+            x = conv2d(x, weight.transpose(0, 1), stride=2, transposed=True)
             x = upfirdn2d(x, self.resample_filter, padding=1, gain=4)
         else:
-            x = F.conv2d(x, weight.to(x.dtype), padding=1)
-        return self._epilogue(x, demodulation, noise)
+            x = conv2d(x, weight, padding=1)
+        x = x * scale
+        if noise is not None:
+            x.add_((noise * (self.noise_strength * self._act_gain)).to(x.dtype))
+        return bias_act(x, self.bias * self._act_gain, act="lrelu", gain=1, clamp=self._clamp)
 
     def _modulation(self, w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return weight [out, in, 3, 3], style [N, in, 1, 1] and demodulation [N, out, 1, 1], float32.
+        """Return weight [out, in, 3, 3], the input's scale [N, in, 1, 1] and the output's [N, out, 1, 1].
 
-        The equalized learning rate is part of the style. Demodulation makes the result independent of the scale of
-        weight and style, so for float16 both are brought to at most 1, which keeps the products in its range.
+        They are computed in float32 and returned in `dtype`. Demodulation cancels any scale of weight and style: the
+        equalized learning rate remains only in its epsilon, the activation's gain joins the output's scale, and for
+        float16 both are first brought to at most 1 and 1 / sqrt(fan_in), which keeps all products in its range.
         """
-        weight = self.weight
+        weight: torch.Tensor = self.weight
         style = self.affine(w)
+        eps = _DEMODULATION_EPS * self._fan_in
         if dtype == torch.float16:
             weight = weight / weight.abs().amax(dim=(1, 2, 3), keepdim=True)
-            style = style / style.abs().amax(dim=1, keepdim=True)
-        style = style / math.sqrt(self._fan_in)
-        energy = weight.square().sum(dim=(2, 3))
-        demodulation = (style.square() @ energy.t() + _DEMODULATION_EPS).rsqrt()
-        return weight, style[:, :, None, None], demodulation[:, :, None, None]
-
-    def _epilogue(self, x: torch.Tensor, demodulation: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Return clamp(lrelu(gain * (x * demodulation + strength * noise + bias)))."""
-        scale = (demodulation * self._act_gain).to(x.dtype)
-        if noise is None:
-            x = x * scale
-        else:
-            x = torch.addcmul((noise * (self.noise_strength * self._act_gain)).to(x.dtype), x, scale)
-        return bias_act(x, self.bias * self._act_gain, act="lrelu", gain=1, clamp=self._clamp)
+            style = style / (style.abs().amax(dim=1, keepdim=True) * math.sqrt(self._fan_in))
+            eps = _DEMODULATION_EPS
+        energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # of Eq. 3
+        scale = (energy + eps).rsqrt() * self._act_gain
+        n = w.shape[0]
+        return weight.to(dtype), style.to(dtype).view(n, -1, 1, 1), scale.to(dtype).view(n, -1, 1, 1)
 
 
 class ToRGB(nn.Module):

@@ -1,7 +1,7 @@
 """StyleGAN2: generator and discriminator.
 
 Karras et al. 2020, arXiv:1912.04958 (architecture: section 4, Fig. 7); precision as in Karras et al. 2020,
-arXiv:2006.06676, appendix D. Images are [N, img_channels, res, res] in [-1, 1], float32 at the borders of both networks.
+arXiv:2006.06676, appendix D. Images are [N, img_channels, res, res] float32 in [-1, 1] at the borders of both networks.
 """
 
 from __future__ import annotations
@@ -24,29 +24,11 @@ from stylepipe.networks.layers import (
     UpsampleConv1x1,
     to_channels_last,
 )
+from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
 from stylepipe.networks.mapping import MappingNetwork
 
 ARCHITECTURES = ("skip", "resnet", "orig")
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _RESIDUAL_GAIN = math.sqrt(0.5)
-_LOWEST_RES = 4
-
-
-class Levels:
-    """Channels and activation type of every resolution from 4 to `res`."""
-
-    def __init__(
-        self, res: int, channel_base: int, channel_max: int, half_levels: int, half_dtype: torch.dtype | None
-    ) -> None:
-        if res < _LOWEST_RES or res & (res - 1):
-            raise UserError(f"res {res}: expected a power of two from {_LOWEST_RES} up, such as 256 or 1024")
-        self.res = res
-        self.resolutions = [2**i for i in range(2, res.bit_length())]
-        self.channels = {r: min(channel_base // r, channel_max) for r in self.resolutions}
-        if min(self.channels.values()) < 1:
-            raise UserError(f"channel_base {channel_base}: leaves no channel at {res} px; expected at least {res}")
-        half = self.resolutions[1:][-half_levels:] if half_levels > 0 and half_dtype is not None else []
-        self.dtypes = {r: half_dtype if half_dtype and r in half else torch.float32 for r in self.resolutions}
 
 
 class Generator(nn.Module):
@@ -95,9 +77,9 @@ class Generator(nn.Module):
             "architecture": architecture,
             "conv_clamp": conv_clamp,
             "half_levels": half_levels,
-            "half_dtype": _dtype_name(half_dtype),
+            "half_dtype": half_dtype_name(half_dtype),
         }
-        levels = Levels(res, channel_base, channel_max, half_levels, _dtype(half_dtype))
+        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, _checked(architecture), conv_clamp)
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
@@ -188,7 +170,7 @@ class SynthesisBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype = levels.dtypes[res]
-        self.first = res == _LOWEST_RES
+        self.first = res == LOWEST_RES
         channels = levels.channels[res]
         residual = architecture == "resnet" and not self.first
         if self.first:
@@ -229,7 +211,7 @@ class SynthesisBlock(nn.Module):
         for layer, style, noise in zip(self.layers(), styles, noises, strict=False):
             x = layer(x, style, noise)
         if shortcut is not None:
-            x = x + shortcut
+            x = shortcut.add_(x)  # in place: nobody reads the shortcut again
         if img is not None:
             img = upsample2d(img, self.resample_filter)
         if self.torgb is not None:
@@ -276,13 +258,13 @@ class Discriminator(nn.Module):
             "mbstd_channels": mbstd_channels,
             "conv_clamp": conv_clamp,
             "half_levels": half_levels,
-            "half_dtype": _dtype_name(half_dtype),
+            "half_dtype": half_dtype_name(half_dtype),
         }
-        levels = Levels(res, channel_base, channel_max, half_levels, _dtype(half_dtype))
+        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.resolutions = levels.resolutions
         for r in reversed(levels.resolutions[1:]):
             self.add_module(f"b{r}", DiscriminatorBlock(levels, r, img_channels, _checked(architecture), conv_clamp))
-        cmap_dim = levels.channels[_LOWEST_RES]
+        cmap_dim = levels.channels[LOWEST_RES]
         self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if c_dim > 0 else None
         self.b4 = DiscriminatorEpilogue(
             levels,
@@ -336,7 +318,7 @@ class DiscriminatorBlock(nn.Module):
         shortcut = None if self.skip is None else self.skip(x)
         x = self.conv1(self.conv0(x))
         if shortcut is not None:
-            x = x + shortcut
+            x = shortcut.add_(x)  # in place: nobody reads the shortcut again
         return x, downsample2d(img, self.resample_filter) if self.passes_image_on else img
 
 
@@ -353,15 +335,15 @@ class DiscriminatorEpilogue(nn.Module):
         conv_clamp: float | None,
     ) -> None:
         super().__init__()
-        channels = levels.channels[_LOWEST_RES]
+        channels = levels.channels[LOWEST_RES]
         self.fromrgb = (
             Conv2d(img_channels, channels, 1, act="lrelu", conv_clamp=conv_clamp)
-            if architecture == "skip" or levels.res == _LOWEST_RES
+            if architecture == "skip" or levels.res == LOWEST_RES
             else None
         )
         self.mbstd = mbstd
         self.conv = Conv2d(channels + mbstd.num_channels, channels, 3, act="lrelu", conv_clamp=conv_clamp)
-        self.fc = Linear(channels * _LOWEST_RES**2, channels, act="lrelu")
+        self.fc = Linear(channels * LOWEST_RES**2, channels, act="lrelu")
         self.out = Linear(channels, cmap_dim or 1)
         self._cmap_gain = 1 / math.sqrt(max(cmap_dim, 1))
 
@@ -386,16 +368,3 @@ def _checked(architecture: str) -> str:
     if architecture not in ARCHITECTURES:
         raise UserError(f"architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
     return architecture
-
-
-def _dtype_name(dtype: str | torch.dtype | None) -> str | None:
-    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    name = _dtype_name(dtype)
-    if name is None:
-        return None
-    if name not in _DTYPES:
-        raise UserError(f"half_dtype {name!r}: expected one of {', '.join(_DTYPES)}, or None for float32")
-    return _DTYPES[name]

@@ -20,7 +20,9 @@ from stylepipe.training.draws import Draws
 from stylepipe.training.growth import FixedResolution, Schedule
 from stylepipe.training.phase import MicroBatch, Phase, Record
 
-W_AVG_DECAY = 0.998  # per step, of the mean w that truncation pulls towards
+# Per step, of the mean w that truncation pulls towards. StyleGAN's paper has 0.995 (arXiv:1812.04948); with a batch's
+# mean per step, StyleGAN2's published models were trained with the slower one.
+W_AVG_DECAY = 0.998
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 LabelSource = Callable[[Sequence[int]], Tensor]
@@ -39,9 +41,13 @@ class GANRecipe:
     """
 
     def __init__(
-        self, config: Config, device: torch.device, c_dim: int = 0, labels_at: LabelSource | None = None,
+        self,
+        config: Config,
+        device: torch.device,
+        c_dim: int = 0,
+        labels_at: LabelSource | None = None,
         num_labels: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.loss = config.loss
         self.r1_gamma = filled(config.loss.r1_gamma)
         self.device = device
@@ -50,10 +56,17 @@ class GANRecipe:
         self._labels_at, self._num_labels = labels_at, num_labels
         self.G, self.D = build_networks(config, c_dim, device)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
+        self.G_ema.mapping.w_avg = self.G.mapping.w_avg  # one buffer: it is a moving average already
         self.pl_mean = torch.zeros((), device=device)
 
         self.networks: Mapping[str, nn.Module] = {"G": self.G, "D": self.D}
         self.averaged: Mapping[str, nn.Module] = {"G": self.G_ema}
+        self.headline: Mapping[str, str] = {
+            "G": "Loss/G/adversarial",
+            "D": "Loss/D/adversarial",
+            "r1": "Loss/D/r1",
+            "pl": "Loss/G/path_length",
+        }
         self.learning_rates: Mapping[str, float] = {"G": filled(config.optim.g_lr), "D": filled(config.optim.d_lr)}
         self.schedule: Schedule = FixedResolution(config.res, filled(config.batch_size))
         self.state: Mapping[str, Tensor] = {"pl_mean": self.pl_mean}
@@ -160,13 +173,19 @@ class GANRecipe:
         if self.c_dim == 0 or self._labels_at is None:
             return torch.zeros(len(positions), 0, device=self.device)
         rows = self.draws.integers(purpose, positions, self._num_labels)
-        return self._labels_at(rows).to(self.device, non_blocking=True)
+        return self.draws.to_device(self._labels_at(rows))
 
     def _follow_w_avg(self, averages: Mapping[str, Tensor]) -> None:
-        self.G.mapping.w_avg.lerp_(averages["w"], 1 - W_AVG_DECAY)
+        _follow_(self.G.mapping.w_avg, averages["w"], 1 - W_AVG_DECAY)
 
     def _follow_pl_mean(self, averages: Mapping[str, Tensor]) -> None:
-        self.pl_mean.lerp_(averages["path_length"], self.loss.pl_decay)
+        _follow_(self.pl_mean, averages["path_length"], self.loss.pl_decay)
+
+
+def _follow_(mean: Tensor, value: Tensor, weight: float) -> None:
+    """Move a running mean towards `value`, except where that is inf or NaN: the optimizer skips such a step as well."""
+    moved = mean.lerp(value, weight)
+    mean.copy_(torch.where(moved.isfinite(), moved, mean))
 
 
 def trial(config: Config, c_dim: int, device: torch.device, batch_gpu: int) -> GANRecipe:

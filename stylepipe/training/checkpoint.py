@@ -6,7 +6,6 @@ the first. The folder appears in one rename, so one that has its name is whole u
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stylepipe.datasets.shards import file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 
@@ -60,14 +60,14 @@ def save_state(
     """Write `out/state-<kimg>/` and return it; one of that name that is there already is replaced."""
     path = out / f"state-{kimg_name(images_seen)}"
     if path.exists():
-        shutil.rmtree(path)
+        _delete(path)
     with atomic_path(path) as folder:
         folder.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
         description = {
             "format_version": FORMAT_VERSION,
             "images_seen": images_seen,
-            "sha256": _sha256(folder / "state.safetensors"),
+            "sha256": file_sha256(folder / "state.safetensors"),
             "layout": layout,
             "info": info,
         }
@@ -92,14 +92,16 @@ def load_state(path: Path) -> State:
                 f"{path}: state of format {version}, but this stylepipe reads up to {FORMAT_VERSION}; upgrade it"
             )
         tensor_file = path / "state.safetensors"
-        if _sha256(tensor_file) != description["sha256"]:
+        if file_sha256(tensor_file) != description["sha256"]:
             raise UserError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
         return State(
             path, description["images_seen"], load_file(tensor_file), description["layout"], description["info"]
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: not a whole state, {Path(error.filename).name} is missing; {remedy}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable state ({error}); {remedy}") from error
 
 
@@ -112,7 +114,7 @@ def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> N
     for network, shapes in layout.items():
         found = state.layout.get(network, {})
         for name in [*shapes, *found]:
-            if list(shapes.get(name, ())) != list(found.get(name, ())) or (name in shapes) != (name in found):
+            if shapes.get(name) != found.get(name):
                 raise UserError(
                     f"{state.path}: checkpoint of other networks: {network}.{name} is {found.get(name, 'absent')} "
                     f"there and {shapes.get(name, 'absent')} with these settings; use the settings of that run (its "
@@ -128,7 +130,13 @@ def newest_state(out: Path) -> Path | None:
 def prune_states(out: Path, keep: int) -> None:
     """Delete all but the newest `keep` states of `out`; 0 keeps all."""
     for path in sorted(_states(out))[:-keep] if keep else []:
-        shutil.rmtree(path)
+        _delete(path)
+
+
+def clear_remains(out: Path) -> None:
+    """Delete what processes that were killed while saving or deleting states have left in `out`."""
+    for path in out.glob(".state-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _states(out: Path) -> list[Path]:
@@ -137,6 +145,8 @@ def _states(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _delete(path: Path) -> None:
+    """Delete a state such that it never looks whole with a part missing."""
+    remains = path.with_name(f".{path.name}.deleted.tmp")
+    path.rename(remains)
+    shutil.rmtree(remains)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from stylepipe.datasets.processes import available_cpus
 from stylepipe.errors import UserError
 
 T = TypeVar("T")
@@ -27,13 +28,13 @@ def make_accelerator() -> Accelerator:
 
     Without a GPU, Accelerate must be told so: else processes started by torchrun would train separately.
     """
-    return Accelerator(cpu=not torch.cuda.is_available())
+    # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.train.settle`.
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Share the cores among this machine's processes; `accelerate launch` would leave one thread to each."""
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes()))
+def use_all_cores() -> None:
+    """Share the cores among this machine's processes, for a CPU; `accelerate launch` would leave one thread to each."""
+    torch.set_num_threads(max(1, available_cpus() // local_processes()))
 
 
 def local_processes() -> int:

@@ -29,11 +29,12 @@ class Draws:
     def normal(self, purpose: str, positions: Sequence[int], size: int) -> Tensor:
         """Return standard normal [N, size] float32."""
         rows = [self._philox(purpose, p).standard_normal(size, dtype=np.float32) for p in positions]
-        return self._to_device(np.stack(rows))
+        return self.to_device(torch.from_numpy(np.stack(rows)))
 
     def uniform(self, purpose: str, positions: Sequence[int]) -> Tensor:
         """Return uniform numbers in [0, 1), [N] float32."""
-        return self._to_device(np.array([self._philox(purpose, p).random(dtype=np.float32) for p in positions]))
+        numbers = [self._philox(purpose, p).random(dtype=np.float32) for p in positions]
+        return self.to_device(torch.from_numpy(np.array(numbers)))
 
     def integers(self, purpose: str, positions: Sequence[int], high: int) -> list[int]:
         """Return whole numbers in 0..high - 1, on the host."""
@@ -54,8 +55,8 @@ class Draws:
         key = np.array([self.seed, _hash(purpose)], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, 0]))
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host on the device, without waiting for it."""
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the device
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)

@@ -21,19 +21,18 @@ def ema_decay(images_seen: int, batch_size: int, half_life_kimg: float, rampup: 
 
 
 class EMA:
-    """Keep `average`, a copy of a network, as the moving average of its weights; buffers are copied."""
+    """Keep `average`, a copy of a network, as the moving average of its parameters.
+
+    Buffers are left alone: those that change with training are the recipe's to share or to follow.
+    """
 
     def __init__(self, average: nn.Module, source: Arena) -> None:
         self.arena = Arena(average, with_grad=False)
         self.source = source
         self._weight = torch.zeros((), device=source.params.device)
-        self._buffers = [
-            (mine, theirs) for mine, theirs in zip(average.buffers(), source.module.buffers(), strict=True)
-        ]
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
+        """Move towards the source by 1 - decay."""
         self._weight.fill_(1 - decay)  # a device scalar: a captured step can go on reading it
         self.arena.params.lerp_(self.source.params, self._weight)
-        for mine, theirs in self._buffers:
-            mine.copy_(theirs)

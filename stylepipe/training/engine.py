@@ -102,10 +102,11 @@ class Engine:
         for name, arena in self.arenas.items():
             tensors[f"{name}.params"] = arena.params.detach()
             tensors |= {f"{name}.{key}": value for key, value in self._adam_state(name).items()}
-            tensors |= {f"{name}.buffer.{key}": value for key, value in arena.module.named_buffers()}
+            kept = arena.module.state_dict().keys()
+            buffers = {key: value for key, value in arena.module.named_buffers() if key in kept}
+            tensors |= {f"{name}.buffer.{key}": value for key, value in buffers.items()}
         for name, average in self.averages.items():
             tensors[f"{name}.average"] = average.arena.params.detach()
-            tensors |= {f"{name}.average.buffer.{k}": v for k, v in average.arena.module.named_buffers()}
         return tensors
 
     def layout(self) -> dict[str, dict[str, list[int]]]:
@@ -117,6 +118,7 @@ class Engine:
         """Take over what `state` returned; names and shapes must be those of this engine."""
         self.images_seen = images_seen
         for name, tensor in self.state().items():
+            assert tensor.shape == tensors[name].shape, name
             tensor.copy_(tensors[name])
 
     def _optimizer(self, name: str, optim: OptimConfig) -> torch.optim.Adam:

@@ -19,16 +19,20 @@ class Interrupt:
 
     Launchers pass a Ctrl-C on as further signals, so only the third SIGINT quits without saving.
 
+    Args:
+        device: this process's, where its votes go.
+        parent: process id of the launcher, whose death is a request to stop; None if there is no launcher.
+
     Attributes:
         cause: what asked to stop, for the message to the user; None while nothing has.
         exit_code: 128 + the signal's number, as shells have it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, parent: int | None = None) -> None:
         self.cause: str | None = None
         self.exit_code = 0
         self._device = device
-        self._parent = os.getppid()
+        self._parent = parent
         self._interrupts = 0
         self._votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
@@ -44,7 +48,7 @@ class Interrupt:
 
     def agreed(self) -> bool:
         """Tell whether to stop after this step; every process calls this after every step and gets the same answer."""
-        if self.cause is None and os.getppid() != self._parent:
+        if self.cause is None and self._parent is not None and os.getppid() != self._parent:
             self.cause, self.exit_code = "the launcher has died", 128 + signal.SIGTERM
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.cause is not None
@@ -54,7 +58,7 @@ class Interrupt:
         return stop
 
     def _all_votes(self) -> bool:
-        vote = torch.tensor(float(self.cause is not None), device=self._device)
+        vote = torch.full((), float(self.cause is not None), device=self._device)  # a fill does not wait, a copy would
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         if self._device.type != "cuda":
             return bool(vote)

@@ -16,6 +16,7 @@ from stylepipe.errors import UserError
 # Set by launchers for each of their processes: how many there are. (SLURM_NTASKS would not do: it is also set for a
 # batch script, which runs once.)
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_PARENT = os.getppid()  # noted at import: by the time training starts, the launcher may have died
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by every launcher of `accelerate launch`
 
 
@@ -53,6 +54,12 @@ def check_launch(num_processes: int) -> None:
             f"accelerate was asked for {processes} processes and started only one; "
             f"to train with {processes}: {right_command(processes)}"
         )
+
+
+def launcher_process() -> int | None:
+    """Return the process id of the launcher that started this process, or None if a person or a shell did."""
+    launched = LAUNCHED_BY_ACCELERATE in os.environ or any(variable in os.environ for variable in WORLD_SIZES)
+    return _PARENT if launched else None
 
 
 def right_command(processes: int, machines: int = 1) -> str:

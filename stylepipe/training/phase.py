@@ -110,6 +110,7 @@ class Recipe(Protocol):
         phases: in the order of a step.
         learning_rates: of each network, before the correction for lazy phases.
         schedule: the stage at every point of the image counter.
+        headline: names of the statistics to show while training, by a short label.
         state: further tensors that resuming needs, by name; changed in place.
     """
 
@@ -118,6 +119,7 @@ class Recipe(Protocol):
     phases: Sequence[Phase]
     learning_rates: Mapping[str, float]
     schedule: Schedule
+    headline: Mapping[str, str]
     state: Mapping[str, Tensor]
 
     def sample(self, count: int, batch_gpu: int) -> Tensor:

@@ -42,6 +42,8 @@ def largest_batch_gpu(
     # Every process walks the same list until all of them agree, since their memories may differ.
     for batch_gpu in candidates:
         if smallest(int(fits(build, config, c_dim, batch_gpu, device)), device):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # the failed tries are not the training's peak
             return batch_gpu
     raise UserError(
         f"--batch-gpu auto: not even one {config.res} px image fits the {free_memory(device) / GIB:.1f} GiB free on "

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
+from stylepipe.datasets.processes import available_cpus
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
-from stylepipe.training.checkpoint import State, check_fits, kimg_name, prune_states, save_state
-from stylepipe.training.distributed import local_processes, sum_
+from stylepipe.training.checkpoint import State, check_fits, clear_remains, kimg_name, prune_states, save_state
+from stylepipe.training.distributed import local_processes, on_main_process, sum_
 from stylepipe.training.engine import Engine
 from stylepipe.training.interrupt import Interrupt
+from stylepipe.training.launched import launcher_process
 from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import Progress, RunLog
@@ -34,7 +36,7 @@ from stylepipe.training.tracker import Tracker
 logger = logging.getLogger(__name__)
 
 PROJECT = "stylepipe"
-LOSSES = {"G": "Loss/G/adversarial", "D": "Loss/D/adversarial", "r1": "Loss/D/r1", "pl": "Loss/G/path_length"}
+MAX_WORKERS = 8  # decoding processes per GPU: more than one GPU's training asks for
 _NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
 
 
@@ -50,8 +52,8 @@ class Trainer:
         state: where to go on from, or None to start anew.
 
     Attributes:
-        total_images: where the training ends.
-        sec_per_kimg: speed between the last two log lines, or None before the first.
+        first_image, total_images: where this process takes the training up, and where it ends.
+        sec_per_kimg: speed of all steps of this process, without grids and snapshots; None before the first log line.
 
     Raises:
         UserError: the state belongs to other networks, or the tracker is not to be had.
@@ -82,18 +84,21 @@ class Trainer:
         if state is not None:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
-            resumed, run_id = state.images_seen, state.info["tracker_run_id"]
-            if state.info["order_version"] != ORDER_VERSION:
+            resumed, run_id = state.images_seen, state.info.get("tracker_run_id")
+            if state.info.get("order_version") != ORDER_VERSION:
                 logger.warning(
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
         self.batch_size = filled(config.batch_size)
         self.total_images = -(-round(filled(config.kimg) * 1000) // self.batch_size) * self.batch_size
+        self.first_image = self.engine.images_seen
         self.sec_per_kimg: float | None = None
+        self._seconds = 0.0
         settings = config_mapping(config)
         if self.is_main:
             with atomic_path(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
+            clear_remains(out)
         self.log = RunLog(out, resumed) if self.is_main else None
         self.tracker = Tracker(
             config.tracker,
@@ -123,10 +128,10 @@ class Trainer:
             num_workers=self._workers(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with Interrupt(self.accelerator.device) as interrupt:
+        with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
             if self.engine.images_seen == 0:
-                self._save_real_grid()
-                self._save_grid()
+                self._on_main(self._save_real_grid)
+                self._on_main(self._save_grid)
             batches = iter(reader)
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             stop = self.engine.images_seen >= self.total_images
@@ -154,14 +159,14 @@ class Trainer:
             return
         failed = self._tick()
         if grid:
-            self._save_grid()
+            self._on_main(self._save_grid)
         if snapshot or failed:
-            self._save_snapshot()
+            self._on_main(self._save_snapshot)
         if failed:
             raise UserError(
                 f"training has diverged: every gradient since the last log line was inf or NaN, so no update was made; "
-                f"the last healthy weights are in {self.out}; go on from an older state with --resume and a larger "
-                f"--loss.r1-gamma or a lower learning rate"
+                f"the last healthy weights are in {self.out}; go on from an older state, with --resume STATE and "
+                f"another --out, with a lower learning rate or stronger regularization"
             )
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
@@ -176,11 +181,13 @@ class Trainer:
         names, values = self._gather_statistics()
         stats = dict(zip(names, values, strict=True))
         seen = self.engine.images_seen
-        self.sec_per_kimg = (time.perf_counter() - self._tick_start) / (seen - self._tick_images) * 1000
+        seconds, images = time.perf_counter() - self._tick_start, seen - self._tick_images
+        self._seconds += seconds
+        self.sec_per_kimg = self._seconds / (seen - self.first_image) * 1000
         stats |= {
             "Progress/kimg": seen / 1000,
             "Progress/step": seen // self.batch_size,
-            "Timing/sec_per_kimg": self.sec_per_kimg,
+            "Timing/sec_per_kimg": seconds / images * 1000,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
         skipped = [stats[name] for name in names if name.endswith("/not_finite")]
@@ -189,9 +196,10 @@ class Trainer:
             self.tracker.log(stats, seen)
             for name, tensor in self.engine.record.histograms.items():
                 self.tracker.log_histogram(name, tensor.float().cpu().numpy(), seen)
-            line = tick_line(stats)
+            headline = {label: stats.get(name) for label, name in self.recipe.headline.items()}
+            line = tick_line(stats, headline)
             self.log.line(line)
-            self.progress.tick(line, {short: stats[name] for short, name in LOSSES.items() if name in stats})
+            self.progress.tick(line, {label: value for label, value in headline.items() if value is not None})
             if any(skipped):
                 self.say(f"warning: updates with inf or NaN gradients were skipped: {max(skipped):.1%} of a phase")
         return bool(skipped) and all(share == 1 for share in skipped)
@@ -201,48 +209,48 @@ class Trainer:
         totals = sum_(torch.stack(list(sums.values()))).cpu()
         return list(sums), (totals[:, 0] / totals[:, 1]).tolist()
 
+    def _on_main(self, save: Callable[[], None]) -> None:
+        """Save on the main process; if that fails, all processes end together."""
+        on_main_process(self.accelerator, save)
+
     def _save_real_grid(self) -> None:
-        if self.is_main:
-            columns, rows = grid_shape(self.config.res)
-            count = min(columns * rows, len(self.dataset))
-            grid = make_grid(self.dataset.read(range(count)), columns)
-            save_image(self.out / "grids" / "real.png", grid)
-            self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
+        columns, rows = grid_shape(self.config.res)
+        count = min(columns * rows, len(self.dataset))
+        grid = make_grid(self.dataset.read(range(count)), columns)
+        save_image(self.out / "grids" / "real.png", grid)
+        self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
 
     def _save_grid(self) -> None:
-        if self.is_main:
-            columns, rows = grid_shape(self.config.res)
-            images = self.recipe.sample(columns * rows, self.batch_gpu).numpy()
-            grid = make_grid(images, columns)
-            path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
-            save_image(path, grid)
-            self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
-            self.say(f"grid: {path}")
+        columns, rows = grid_shape(self.config.res)
+        images = self.recipe.sample(columns * rows, self.batch_gpu).numpy()
+        grid = make_grid(images, columns)
+        path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
+        save_image(path, grid)
+        self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
+        self.say(f"grid: {path}")
 
     def _save_snapshot(self) -> None:
         """Save network and state; the state last, so that one that exists has its network beside it."""
-        if self.is_main:
-            seen = self.engine.images_seen
-            network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
-            metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
-            try:
-                save_network(network_path, self.recipe.export(), metadata=metadata)
-                info: Mapping[str, Any] = {
-                    "tracker_run_id": self.tracker.run_id,
-                    "world_size": self.accelerator.num_processes,
-                    "order_version": ORDER_VERSION,
-                    "config": config_mapping(self.config),
-                }
-                path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
-            except OSError as error:
-                raise UserError(
-                    f"cannot save to {self.out}: {error.strerror or error}; the last whole state is still there; "
-                    f"make room, then start the same command again to go on from it"
-                ) from error
+        seen = self.engine.images_seen
+        network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
+        metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
+        info = {
+            "tracker_run_id": self.tracker.run_id,
+            "order_version": ORDER_VERSION,
+            "config": config_mapping(self.config),
+        }
+        try:
+            save_network(network_path, self.recipe.export(), metadata=metadata)
+            path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
             prune_states(self.out, self.config.keep_states)
-            if self.config.tracker_artifacts:
-                self.tracker.log_artifact(network_path)
-            self.say(f"saved: {path}, {network_path.name}")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
+                f"there; make room, then start the same command with this --out to go on from the newest"
+            ) from error
+        if self.config.tracker_artifacts:
+            self.tracker.log_artifact(network_path)
+        self.say(f"saved: {path}, {network_path.name}")
 
     def _workers(self) -> int:
         """Return how many processes decode: none on a CPU, which they would take from the training."""
@@ -250,7 +258,7 @@ class Trainer:
             return self.config.workers
         if self.accelerator.device.type == "cpu":
             return 0
-        return max(1, min(8, len(os.sched_getaffinity(0)) // local_processes() - 1))
+        return max(1, min(MAX_WORKERS, available_cpus() // local_processes() - 1))
 
     def _opening(self) -> str:
         config, seen = self.config, self.engine.images_seen
@@ -289,10 +297,8 @@ def config_mapping(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
 
 
-def tick_line(stats: Mapping[str, float]) -> str:
-    """Return the line of the log for one tick."""
+def tick_line(stats: Mapping[str, float], headline: Mapping[str, float | None]) -> str:
+    """Return the line of the log for one tick; a dash stands for what no step since the last one has measured."""
     parts = [f"kimg {stats['Progress/kimg']:<9.3f}", f"s/kimg {stats['Timing/sec_per_kimg']:<8.2f}"]
-    parts += [
-        f"{short} {stats[name]:<8.4f}" if name in stats else f"{short} {'-':<8}" for short, name in LOSSES.items()
-    ]
+    parts += [f"{label} {'-' if value is None else format(value, '.4f'):<8}" for label, value in headline.items()]
     return "  ".join(parts) + f"  mem {stats['Resources/peak_memory_gib']:.2f} GiB"

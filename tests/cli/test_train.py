@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -87,7 +88,7 @@ def finished(shards, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.yaml", "log.txt", "stats.jsonl", "grids"),
+        *("config.yaml", "log.txt", "stats.jsonl", "grids", ".lock"),
         *("state-000000.064", "state-000000.128", "network-000000.064.safetensors", "network-000000.128.safetensors"),
     }
     grids = {path.name for path in (finished / "grids").iterdir()}
@@ -110,7 +111,14 @@ def test_the_network_file_is_the_average_that_the_grids_show(finished):
     assert img.shape == (3, 3, 16, 16)
     assert img.dtype == torch.float32
     tensors = state_tensors(finished, "000000.128")
-    torch.testing.assert_close(tensors["G.average.buffer.mapping.w_avg"], G.mapping.w_avg, rtol=0, atol=0)
+    weights = torch.cat([p.flatten() for p in G.parameters()])
+    for name, same in (("G.average", True), ("G.params", False)):
+        # The arena pads each parameter to 16 numbers.
+        sizes = [-(-p.numel() // 16) * 16 for p in G.parameters()]
+        parts = zip(tensors[name].split(sizes), G.parameters(), strict=True)
+        saved = torch.cat([part[: p.numel()] for part, p in parts])
+        assert torch.equal(saved, weights) == same
+    assert torch.equal(tensors["G.buffer.mapping.w_avg"], G.mapping.w_avg)
 
 
 def test_a_finished_run_is_not_trained_further(finished, shards, capsys):
@@ -188,6 +196,10 @@ def test_two_processes_of_the_cpu_config_train_together(finished, shards, tmp_pa
 def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
     empty = tmp_path / "empty"
     empty.mkdir()
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("preset: auto\n")
+    older = tmp_path / "older"
+    (older / "state-000000.064").mkdir(parents=True)
     text = tmp_path / "file"
     text.write_text("x")
     return {
@@ -199,6 +211,8 @@ def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
         "batch": (["--data", str(shards), "--batch-size", "8", "--batch-gpu", "3"], "expected a divisor of 8"),
         "unwritable": (["--data", str(shards), "--out", str(text / "run")], "--out"),
         "no labels": (["--data", str(shards), "--cond"], "--cond"),
+        "two presets": (["--config", str(preset), "--preset", "paper256"], "give one of them"),
+        "older state": (["--data", str(shards), "--out", str(older), "--resume", "none"], "--resume none"),
         "missing state": (["--data", str(shards), "--resume", str(tmp_path / "state-1")], "--resume"),
         "missing config": (["--config", str(tmp_path / "no.yaml")], "--config"),
         "half on a cpu": (["--data", str(shards), "--precision", "fp16"], "--precision fp16"),
@@ -209,7 +223,7 @@ def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
     "case",
     [
         *("missing data", "empty data", "other resolution", "no power of two", "unknown preset", "batch", "unwritable"),
-        *("no labels", "missing state", "missing config", "half on a cpu"),
+        *("no labels", "two presets", "older state", "missing state", "missing config", "half on a cpu"),
     ],
 )
 def test_a_mistake_gets_one_message_and_exit_code_2(case, shards, tmp_path, capsys, monkeypatch):
@@ -252,6 +266,25 @@ def test_a_truncated_state_is_refused(finished, shards, tmp_path, capsys):
 def test_a_run_is_not_overwritten(finished, shards, capsys):
     assert main(options(shards, finished, 0.128, "--resume", "none")) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_one_folder_takes_one_run_at_a_time(shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(options(shards, out, 0.008)) == 2
+    assert "another process is training there" in capsys.readouterr().err
+    assert main(options(shards, out, 0.008)) == 0
+
+
+def test_an_older_state_starts_a_run_of_its_own(finished, shards, tmp_path, capsys):
+    older = str(finished / "state-000000.064")
+    assert main(options(shards, finished, 0.128, "--resume", older)) == 2
+    assert "give another --out" in capsys.readouterr().err
+    assert main(options(shards, tmp_path / "branch", 0.128, "--resume", older)) == 0
+    branch, first = state_tensors(tmp_path / "branch", "000000.128"), state_tensors(finished, "000000.128")
+    assert largest_difference(branch, first) == 0
 
 
 def test_runs_are_numbered(shards, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def errors(name: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_quantity_of_the_golden_file_is_met(name: str) -> None:
-    config, arrays = load(name)
+    _config, arrays = load(name)
     found = errors(name)
     inputs = {"z", "c", "d_in", "pl_noise"}
     assert set(found) == {key for key in arrays if not key.startswith(("G.", "D."))} - inputs

@@ -69,9 +69,7 @@ def upfirdn2d_by_definition(x, f, up, down, padding, flip_filter, gain):
     f = f if f.ndim == 2 else torch.outer(f, f)
     f = (f if flip_filter else f.flip([0, 1])).to(x.dtype) * gain
     rows, columns = zeros.shape[2] - f.shape[0] + 1, zeros.shape[3] - f.shape[1] + 1
-    y = sum(
-        zeros[:, :, i : i + rows, j : j + columns] * f[i, j] for i in range(f.shape[0]) for j in range(f.shape[1])
-    )
+    y = sum(zeros[:, :, i : i + rows, j : j + columns] * f[i, j] for i in range(f.shape[0]) for j in range(f.shape[1]))
     return y[:, :, ::downy, ::downx]
 
 

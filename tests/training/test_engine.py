@@ -91,21 +91,27 @@ def test_without_regularizers_adam_is_as_given(make_engine):
     assert engine.optimizers["D"].param_groups[0]["betas"] == (0.0, 0.99)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make_engine, batch_at):
+@pytest.mark.parametrize(
+    ("phase", "parameter"),
+    [("D/main", "b4.out.bias"), ("G/main", "synthesis.b4.conv1.bias"), ("G/path_length", "synthesis.b4.conv1.weight")],
+)
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make_engine, batch_at, phase, parameter):
     engine = make_engine()
     engine.step(batch_at(0))
-    D = engine.recipe.networks["D"]
-    before = {k: v.clone() for k, v in engine.state().items() if k.startswith("D.")}
+    engine.record.take_sums()
+    broken = engine.recipe.networks[phase[0]].get_parameter(parameter)
+    before = {name: tensor.clone() for name, tensor in engine.state().items()}
     with torch.no_grad():
-        keep = D.b4.out.bias.clone()
-        D.b4.out.bias.fill_(float("nan"))
-    run(engine, batch_at(8), "D/main")
+        keep = broken.clone()
+        broken.fill_(float("nan"))
+    run(engine, batch_at(8), phase)
     with torch.no_grad():
-        D.b4.out.bias.copy_(keep)
+        broken.copy_(keep)
     for name, tensor in engine.state().items():
-        if name in before:
+        if name != "G.buffer.mapping.w_avg":  # G/main's latents were healthy, so it may have followed
             assert torch.equal(tensor, before[name]), name
-    assert engine.record.take_sums()["Gradient/D/main/not_finite"].tolist() == [1.0, 2.0]
+        assert tensor.isfinite().all(), name
+    assert engine.record.take_sums()[f"Gradient/{phase}/not_finite"].tolist() == [1.0, 1.0]
 
 
 def test_a_state_continues_to_the_bit(make_engine, batch_at):

@@ -62,7 +62,7 @@ def test_ema_halves_in_its_half_life():
     assert ema_decay(0, 32, 10.0, 0.05) == 0
 
 
-def test_ema_follows_weights_and_copies_buffers():
+def test_ema_follows_weights_and_leaves_buffers():
     source, average = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     arena = Arena(source)
     ema = EMA(average, arena)
@@ -71,7 +71,7 @@ def test_ema_follows_weights_and_copies_buffers():
         source.running_mean.fill_(7.0)
     ema.update(0.75)
     assert average.weight.tolist() == [1.5] * 4
-    assert average.running_mean.tolist() == [7.0] * 4
+    assert average.running_mean.tolist() == [0.0] * 4
 
 
 def test_a_fixed_resolution_counts_steps():
@@ -104,21 +104,25 @@ def test_the_third_ctrl_c_quits():
 ORPHAN = """
 import os, sys, time, torch
 from stylepipe.training.interrupt import Interrupt
-with Interrupt(torch.device("cpu")) as interrupt:
+with Interrupt(torch.device("cpu"), parent=int(sys.argv[2]) or None) as interrupt:
     print(interrupt.agreed(), flush=True)
-    for _ in range(200):
+    for _ in range(40):
         if interrupt.agreed():
-            open(sys.argv[1], "w").write(interrupt.cause)
             break
         time.sleep(0.05)
+    open(sys.argv[1], "w").write(str(interrupt.cause))
 """
 
 
-def test_the_death_of_the_launcher_is_noticed(tmp_path):
-    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}, '{tmp_path}/cause'])"
+@pytest.mark.parametrize(("watched", "cause"), [(True, "the launcher has died"), (False, "None")])
+def test_the_death_of_a_launcher_is_noticed_and_that_of_a_shell_is_not(tmp_path, watched, cause):
+    parent = "str(os.getpid())" if watched else "'0'"
+    launcher = (
+        f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}, '{tmp_path}/cause', {parent}])"
+    )
     with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "False\n"
         process.kill()
         process.wait()
         process.stdout.read()  # ends when the orphan does
-    assert (tmp_path / "cause").read_text() == "the launcher has died"
+    assert (tmp_path / "cause").read_text() == cause

@@ -22,7 +22,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train(out: Path, world_size: int, losses: str = "regularized") -> list[dict[str, torch.Tensor]]:
+def train(out: Path, world_size: int, losses: str = "both") -> list[dict[str, torch.Tensor]]:
     """Run two_ranks.py with plain torch.distributed environment variables; return what each rank wrote."""
     out.mkdir()
     common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -81,9 +81,13 @@ def test_all_ranks_hold_the_same_weights(runs):
             assert torch.equal(two[0][name], two[1][name]), name
 
 
-def test_the_regularizers_do_change_the_training(runs, tmp_path):
+@pytest.mark.parametrize(("losses", "phase"), [("r1", "G/path_length"), ("path length", "D/r1")])
+def test_each_regularizer_does_change_the_training(runs, tmp_path, losses, phase):
+    """Without the one, its network comes out otherwise; the first step of the other network is not touched."""
     one, _ = runs
-    (plain,) = train(tmp_path / "plain", 1, "plain")
-    assert "grad/0/D/r1" not in plain
-    for network in ("G", "D"):
-        assert relative_difference(plain[f"state/{network}.params"], one[f"state/{network}.params"]) > 1e-4
+    (without,) = train(tmp_path / "without", 1, losses)
+    assert f"grad/0/{phase}" not in without
+    assert one[f"grad/0/{phase}"].norm() > 0
+    network, other = ("G", "D") if phase[0] == "G" else ("D", "G")
+    assert relative_difference(without[f"state/{network}.params"], one[f"state/{network}.params"]) > 1e-4
+    assert torch.equal(without[f"grad/0/{other}/main"], one[f"grad/0/{other}/main"]) == (other == "G")

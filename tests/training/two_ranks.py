@@ -20,7 +20,7 @@ STEPS = 4
 BATCH_SIZE, BATCH_GPU = 8, 4
 
 
-def main(out: Path, regularize: bool) -> None:
+def main(out: Path, losses: str) -> None:
     accelerator = make_accelerator()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     torch.set_num_threads(1)
@@ -30,7 +30,12 @@ def main(out: Path, regularize: bool) -> None:
         batch_gpu=BATCH_GPU,
         network=NetworkConfig(z_dim=16, w_dim=16, channel_base=256, channel_max=16, mapping_layers=2),
         # Every phase in every step; the lazy correction is then k = 1, and the same for both runs.
-        loss=LossConfig(r1_gamma=5.0 * regularize, r1_interval=1, pl_weight=2.0 * regularize, pl_interval=1),
+        loss=LossConfig(
+            r1_gamma=0.0 if losses == "path length" else 5.0,
+            r1_interval=1,
+            pl_weight=0.0 if losses == "r1" else 2.0,
+            pl_interval=1,
+        ),
     )
     config = with_precision(resolve(config, world_size), "fp32")
     torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
@@ -58,4 +63,4 @@ def main(out: Path, regularize: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), regularize=sys.argv[2] == "regularized")
+    main(Path(sys.argv[1]), losses=sys.argv[2])
