@@ -42,7 +42,6 @@ FOREIGN_TARS = (
 )
 
 _MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
-_HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ wherever that factor is cheapest. Leaky ReLU being positively homogeneous, its g
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from stylepipe.errors import UserError
 from stylepipe.kernels import activation_gain, bias_act, conv2d, downsample2d, setup_filter, upfirdn2d, upsample2d
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
+_LRELU_SLOPE = 0.2
 _DEMODULATION_EPS = 1e-8
 _STDDEV_EPS = 1e-8
 
@@ -43,7 +45,7 @@ class Linear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        act: str = "linear",
+        act: Literal["linear", "lrelu"] = "linear",
         lr_multiplier: float = 1,
         bias_init: float = 0,
     ) -> None:
@@ -58,7 +60,7 @@ class Linear(nn.Module):
         """Map x [N, in_features] to [N, out_features]."""
         bias = self.bias if self._bias_gain == 1 else self.bias * self._bias_gain
         y = F.linear(x * self._weight_gain, self.weight, bias)
-        return y if self.act == "linear" else F.leaky_relu_(y, 0.2)
+        return y if self.act == "linear" else F.leaky_relu_(y, _LRELU_SLOPE)
 
 
 class Conv2d(nn.Module):
@@ -240,6 +242,8 @@ class MinibatchStdDev(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, C, H, W] to [N, C + num_channels, H, W]; image n belongs to group n mod (N / group size)."""
+        if self.num_channels == 0:
+            return x
         n, c, h, w = x.shape
         group = min(self.group_size, n)
         if n % group:

@@ -81,7 +81,7 @@ class Generator(nn.Module):
         }
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, _checked(architecture), conv_clamp)
-        self.num_ws = self.synthesis.num_ws
+        self.z_dim, self.w_dim, self.c_dim, self.num_ws = z_dim, w_dim, c_dim, self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
 
     def forward(
@@ -242,7 +242,7 @@ class Discriminator(nn.Module):
 
         Args:
             mbstd_group_size: images per group of the minibatch standard deviation, at most the batch; must divide it.
-            mbstd_channels: channels that it appends.
+            mbstd_channels: channels that it appends, a divisor of those at 4 px; 0 switches it off.
             res, c_dim, img_channels, channel_base, channel_max, conv_clamp, half_levels, half_dtype: as Generator.
             architecture: resnet (residual blocks), skip (fromRGB at every resolution) or orig.
         """
@@ -265,6 +265,10 @@ class Discriminator(nn.Module):
         for r in reversed(levels.resolutions[1:]):
             self.add_module(f"b{r}", DiscriminatorBlock(levels, r, img_channels, _checked(architecture), conv_clamp))
         cmap_dim = levels.channels[LOWEST_RES]
+        if mbstd_channels and cmap_dim % mbstd_channels:
+            raise UserError(
+                f"mbstd_channels {mbstd_channels}: expected a divisor of the {cmap_dim} channels at 4 px, or 0 for none"
+            )
         self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if c_dim > 0 else None
         self.b4 = DiscriminatorEpilogue(
             levels,

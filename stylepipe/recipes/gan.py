@@ -142,7 +142,7 @@ class GANRecipe:
         images = []
         for start in range(0, count, batch_gpu):
             positions = range(start, min(start + batch_gpu, count))
-            z, c = self.draws.normal("grid/z", positions, self.G.mapping.z_dim), self._draw_labels("grid/c", positions)
+            z, c = self.draws.normal("grid/z", positions, self.G.z_dim), self._draw_labels("grid/c", positions)
             images.append(to_uint8(self.G_ema(z, c)).cpu())
         return torch.cat(images)
 
@@ -157,8 +157,8 @@ class GANRecipe:
         n, num_ws, mixing = len(positions), self.G.num_ws, self.loss.style_mixing
         c = self._draw_labels(f"{purpose}/c", positions)
         if mixing == 0:
-            return self.G.mapping(self.draws.normal(f"{purpose}/z", positions, self.G.mapping.z_dim), c), c
-        z = self.draws.normal(f"{purpose}/z", positions, 2 * self.G.mapping.z_dim)
+            return self.G.mapping(self.draws.normal(f"{purpose}/z", positions, self.G.z_dim), c), c
+        z = self.draws.normal(f"{purpose}/z", positions, 2 * self.G.z_dim)
         ws = self.G.mapping(torch.cat(z.chunk(2, dim=1)), c.repeat(2, 1))
         u = self.draws.uniform(f"{purpose}/mixing", positions)
         cutoff = torch.where(u < mixing, 1 + (u / mixing * (num_ws - 1)).floor(), num_ws)

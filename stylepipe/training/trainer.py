@@ -95,6 +95,7 @@ class Trainer:
         self.sec_per_kimg: float | None = None
         self._seconds = 0.0
         settings = config_mapping(config)
+        self._changes = [] if state is None else changed_settings(state.info.get("config", {}), settings)
         if self.is_main:
             with atomic_path(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -117,6 +118,8 @@ class Trainer:
         The last state and network are always written.
         """
         self.say(self._opening())
+        for line in self._changes:
+            self.say(line)
         reader = Reader(
             self.dataset,
             batch_size=self.batch_size,
@@ -295,6 +298,17 @@ class Trainer:
 def config_mapping(config: Config) -> dict[str, Any]:
     """Return the settings that make the run, as they stand in config.yaml."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return a line for each setting in which a run that goes on differs from the one that saved the state."""
+    lines = []
+    for key, value in now.items():
+        if isinstance(value, Mapping):
+            lines += changed_settings(before.get(key, {}), value, f"{path}{key}.")
+        elif key in before and before[key] != value:
+            lines.append(f"changed since the state was saved: {path}{key} {before[key]} -> {value}")
+    return lines
 
 
 def tick_line(stats: Mapping[str, float], headline: Mapping[str, float | None]) -> str:

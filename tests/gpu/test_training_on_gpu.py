@@ -24,19 +24,22 @@ SMALL = Config(
 GPU = torch.device("cuda")
 
 
-def make_engine(precision: str) -> Engine:
+def make_engine(precision: str, c_dim: int = 0) -> Engine:
     config = with_precision(resolve(SMALL, 1), precision)
-    return Engine(GANRecipe(config, GPU), batch_gpu=8, optim=config.optim, ema=config.ema)
+    labels = torch.eye(c_dim)
+    recipe = GANRecipe(config, GPU, c_dim, lambda rows: labels[rows], c_dim or 1)
+    return Engine(recipe, batch_gpu=8, optim=config.optim, ema=config.ema)
 
 
-def batch() -> Batch:
+def batch(c_dim: int = 0) -> Batch:
     images = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return Batch(images.pin_memory(), torch.zeros(16, 0).pin_memory(), torch.arange(16))
+    return Batch(images.pin_memory(), torch.zeros(16, c_dim).pin_memory(), torch.arange(16))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(precision):
-    engine, data = make_engine(precision), batch()
+@pytest.mark.parametrize("c_dim", [0, 3])
+def test_a_step_never_waits_for_the_device(precision, c_dim):
+    engine, data = make_engine(precision, c_dim), batch(c_dim)
     engine.step(data)  # the first may initialise libraries
     engine.step(data)
     torch.cuda.set_sync_debug_mode("error")
@@ -50,7 +53,8 @@ def test_a_step_never_waits_for_the_device(precision):
 
 
 def test_a_state_continues_to_the_bit():
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
     try:
         straight, first, second = (make_engine("fp32") for _ in range(3))
         for _ in range(3):
@@ -60,16 +64,18 @@ def test_a_state_continues_to_the_bit():
         for _ in range(2):
             second.step(batch())
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = deterministic
     for name, tensor in straight.state().items():
         assert torch.equal(tensor, second.state()[name]), name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_networks_agree_with_the_cpu(precision):
+@torch.no_grad()
+def test_networks_agree_with_the_cpu(precision, monkeypatch):
     """bf16 carries 8 bits through the convolutions of four levels, fp16 11; TF32 is off for the comparison."""
     tolerance = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}[precision]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     G, D = build_networks(with_precision(resolve(SMALL, 1), precision), 0, GPU)
     reference_G, reference_D = build_networks(with_precision(resolve(SMALL, 1), "fp32"), 0, torch.device("cpu"))
     z = torch.randn(8, 512)

@@ -362,3 +362,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         Discriminator(16, **SMALL)(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="expected \\[N, 6, w_dim\\]"):
         small_generator().synthesis(torch.zeros(2, 12))
+
+
+def test_minibatch_stddev_can_be_switched_off_and_must_divide() -> None:
+    D = Discriminator(8, **SMALL, mbstd_channels=0)
+    assert D.b4.conv.weight.shape[1] == 16
+    logits = D(torch.randn(3, 3, 8, 8).repeat(2, 1, 1, 1))
+    torch.testing.assert_close(logits[:3], logits[3:])  # no image sees its neighbours
+    with pytest.raises(UserError, match="mbstd_channels 5: expected a divisor of the 16 channels"):
+        Discriminator(8, **SMALL, mbstd_channels=5)

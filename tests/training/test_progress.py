@@ -24,7 +24,7 @@ def test_in_a_terminal_a_bar_that_leaves_nothing_behind() -> None:
         progress.tick("a line for files", {"G": 0.7, "D": 1.25})
         progress.say("saved")
     shown = screen.getvalue()
-    assert "2.000/2 kimg" in shown.replace("1.988", "2.000")
+    assert "1.988/2 kimg" in shown
     assert "s/kimg" in shown
     assert "left" in shown
     assert "G 0.700  D 1.250" in shown
