@@ -22,6 +22,7 @@ import stylepipe
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.prepare import prepare
+from stylepipe.training.checkpoint import load_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -177,6 +178,47 @@ def test_a_signal_saves_and_tells_how_to_go_on(shards, tmp_path, number, code):
 
 
 @pytest.mark.slow
+def test_a_run_whose_launcher_is_killed_saves_and_ends(shards, tmp_path):
+    out = tmp_path / "orphan"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
+    command += [str(ROOT / "launch" / "train.py"), *options(shards, out, 1000, "--snapshot-kimg", "1000")[1:]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        wait_for(out / "stats.jsonl", launcher)
+        time.sleep(1)
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+        output = launcher.stdout.read()  # ends when the orphan does
+    assert "the launcher has died" in output
+    assert len(list(out.glob("state-*"))) == len(list(out.glob("network-*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_whole_states_only(shards, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        process = start(options(shards, disk / "run", 10, "--keep-states", "0"))
+        output, _ = process.communicate(timeout=300)
+        left = sorted(path.name for path in (disk / "run").iterdir())
+        states = [name for name in left if name.startswith("state-")]
+        for name in states:
+            load_state(disk / "run" / name)
+        for name in left:
+            if name.startswith("network-"):
+                stylepipe.load_network(disk / "run" / name)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert "make room" in output or "see to the disk" in output
+    assert len(states) >= 1
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+@pytest.mark.slow
 def test_two_processes_of_the_cpu_config_train_together(finished, shards, tmp_path):
     out = tmp_path / "two"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -302,6 +344,36 @@ def test_a_dry_run_tells_and_writes_nothing(shards, tmp_path, monkeypatch, capsy
     for part in parts:
         assert part in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_labels(tmp_path, capsys):
+    for label in ("cats", "dogs"):
+        (tmp_path / "photographs" / label).mkdir(parents=True)
+        for index in range(6):
+            draw_face(index, 16).save(tmp_path / "photographs" / label / f"{index}.png")
+    shards, out = tmp_path / "labelled", tmp_path / "run"
+    assert main(["prepare", str(tmp_path / "photographs"), str(shards), "--res", "16", "--labels"]) == 0
+    assert main(options(shards, out, 0.016, "--cond")) == 0
+    network = out / "network-000000.016.safetensors"
+    assert stylepipe.load_network(network).c_dim == 2
+    sample = ["sample", str(network), "--seeds", "0-3", "--grid", "2x2", "--out", str(tmp_path / "grid.png")]
+    assert main([*sample, "--class", "1"]) == 0
+    assert main([*sample, "--class", "2"]) == 2
+    assert "expected 0 to 1" in capsys.readouterr().err
+
+
+def test_the_micro_batch_can_be_chosen_by_free_memory(shards, tmp_path):
+    assert main(options(shards, tmp_path / "run", 0.008, "--batch-gpu", "auto")) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["batch_gpu"] == 8
+
+
+def test_what_changes_when_a_run_goes_on_is_said(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert main(options(shards, out, 0.136, "--loss.r1-gamma", "2", "--no-mirror")) == 0
+    output = capsys.readouterr().out
+    assert "changed since the state was saved: loss.r1_gamma 0.0064 -> 2.0" in output
+    assert "changed since the state was saved: mirror True -> False" in output
 
 
 def test_help_fits_a_reader(capsys):
