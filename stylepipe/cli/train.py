@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from stylepipe.errors import UserError
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.gan import GANRecipe, trial
 from stylepipe.training.allocator import keep_freed_memory
-from stylepipe.training.checkpoint import State, load_state, newest_state
+from stylepipe.training.checkpoint import State
 from stylepipe.training.distributed import (
     leave,
     make_accelerator,
@@ -39,11 +37,11 @@ from stylepipe.training.distributed import (
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.launched import check_launch
 from stylepipe.training.probe import largest_batch_gpu
+from stylepipe.training.run_folder import find_state, make_run_folder, only_run_in
 from stylepipe.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-LOCK_NAME = ".lock"
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
 
   accelerate launch launch/train.py --res 256 --data PHOTOGRAPHS --mirror
@@ -114,7 +112,7 @@ def train(config: Config, accelerator: Accelerator) -> int:
         return 0
     assert dataset is not None
     check_same(accelerator, state, dataset)
-    out = on_main_process(accelerator, make_out, config, dataset.name, state)
+    out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_run_in(out))
@@ -218,62 +216,3 @@ def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, device: torch
     if c_dim == 0:
         return GANRecipe(config, device)
     return GANRecipe(config, device, c_dim, lambda ids: torch.from_numpy(dataset.labels(ids)), len(dataset))
-
-
-def find_state(config: Config) -> State | None:
-    """Read the state that `--resume` names, or the newest in `--out`."""
-    if config.resume == "none":
-        return None
-    if config.resume != "auto":
-        return load_state(Path(config.resume))
-    newest = newest_state(Path(config.out)) if config.out is not None else None
-    return load_state(newest) if newest is not None else None
-
-
-def make_out(config: Config, data_name: str, state: State | None) -> Path:
-    """Make the folder of the run and check that it can be written.
-
-    Raises:
-        UserError: it cannot, or it holds another run that this one would overwrite.
-    """
-    try:
-        out = Path(config.out) if config.out is not None else next_run(f"{config.preset}-{data_name}-{config.res}")
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / LOCK_NAME, "ab"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
-    newest = newest_state(out)
-    if newest is not None and (state is None or newest.resolve() != state.path.resolve()):
-        raise UserError(
-            f"--resume {config.resume}: {out} holds a run already, up to {newest.name}, which this one would "
-            f"overwrite; give another --out, or leave --resume out to go on from its end"
-        )
-    return out
-
-
-def next_run(name: str) -> Path:
-    """Make the folder runs/<number>-<name> with the next free number."""
-    runs = Path("runs")
-    runs.mkdir(exist_ok=True)
-    while True:
-        numbers = [int(match[1]) for path in runs.iterdir() if (match := re.match(r"(\d{5,})-", path.name))]
-        out = runs / f"{max(numbers, default=-1) + 1:05d}-{name}"
-        try:
-            out.mkdir()
-            return out
-        except FileExistsError:  # another run took it in this moment
-            continue
-
-
-@contextmanager
-def only_run_in(out: Path) -> Iterator[None]:
-    """Hold a lock on the run's folder that ends with this process, however it ends."""
-    with open(out / LOCK_NAME, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {out}: another process is training there; wait for it or give another") from error
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s); see that only one run uses it", out, error.strerror)
-        yield

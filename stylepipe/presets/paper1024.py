@@ -8,17 +8,12 @@ Expected:  as configuration F at 1024 pixels (no separate figure is published fo
 
 from __future__ import annotations
 
-from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig, OptimConfig
+from dataclasses import replace
+
+from stylepipe.config import Config, LossConfig
+from stylepipe.presets import stylegan2
 
 
 def preset(res: int, world_size: int, batch_size: int | None) -> Config:
     """Return the settings; see `stylepipe.presets`."""
-    return Config(
-        kimg=25_000,
-        batch_size=batch_size or 32,
-        batch_gpu=4,
-        network=NetworkConfig(channel_base=32768, channel_max=512, mapping_layers=8, mbstd_group_size=4),
-        loss=LossConfig(r1_gamma=2.0),
-        optim=OptimConfig(g_lr=0.002, d_lr=0.002),
-        ema=EMAConfig(kimg=10.0, rampup=0.0),
-    )
+    return replace(stylegan2.preset(res, world_size, batch_size), loss=LossConfig(r1_gamma=2.0))

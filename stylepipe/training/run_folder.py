@@ -1,0 +1,77 @@
+"""The folder of a run: made, found again, and kept for one run at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stylepipe.config import Config
+from stylepipe.errors import UserError
+from stylepipe.training.checkpoint import State, load_state, newest_state
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+
+
+def find_state(config: Config) -> State | None:
+    """Read the state that `--resume` names, or the newest in `--out`."""
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        return load_state(Path(config.resume))
+    newest = newest_state(Path(config.out)) if config.out is not None else None
+    return load_state(newest) if newest is not None else None
+
+
+def make_run_folder(config: Config, data_name: str, state: State | None) -> Path:
+    """Make the folder of the run and check that it can be written.
+
+    Raises:
+        UserError: it cannot, or it holds another run that this one would overwrite.
+    """
+    try:
+        out = Path(config.out) if config.out is not None else _next_run(f"{config.preset}-{data_name}-{config.res}")
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / LOCK_NAME, "ab"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
+    newest = newest_state(out)
+    if newest is not None and (state is None or newest.resolve() != state.path.resolve()):
+        raise UserError(
+            f"--resume {config.resume}: {out} holds a run already, up to {newest.name}, which this one would "
+            f"overwrite; give another --out, or leave --resume out to go on from its end"
+        )
+    return out
+
+
+@contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Hold a lock on the run's folder that ends with this process, however it ends."""
+    with open(out / LOCK_NAME, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--out {out}: another process is training there; wait for it or give another") from error
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s); see that only one run uses it", out, error.strerror)
+        yield
+
+
+def _next_run(name: str) -> Path:
+    """Make the folder runs/<number>-<name> with the next free number."""
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    while True:
+        numbers = [int(match[1]) for path in runs.iterdir() if (match := re.match(r"(\d{5,})-", path.name))]
+        out = runs / f"{max(numbers, default=-1) + 1:05d}-{name}"
+        try:
+            out.mkdir()
+            return out
+        except FileExistsError:  # another run took it in this moment
+            continue
