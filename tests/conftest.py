@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ["WANDB_MODE"] = "offline"  # no test reaches a server, whoever is logged in on this machine
 os.environ["WANDB_SILENT"] = "true"
+os.environ.pop("STYLEPIPE_DEBUG", None)  # tests expect messages where it would show tracebacks
 
 
 def pytest_configure() -> None:

@@ -138,6 +138,7 @@ def test_its_config_file_reproduces_it(finished, tmp_path):
     assert largest_difference(again, first) == 0
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_decoding_in_workers_changes_nothing(finished, shards, tmp_path):
     assert main(options(shards, tmp_path / "run", 0.064, "--workers", "2")) == 0
     assert largest_difference(state_tensors(tmp_path / "run", "000000.064"), state_tensors(finished, "000000.064")) == 0
