@@ -59,19 +59,18 @@ def test_there_really_were_two(runs):
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_gradients_are_those_of_one_process(runs, phase):
-    """To float32 rounding: sums of the same terms in another order. Later steps inherit the rounding of earlier ones,
-    and Adam with beta1 = 0 turns a gradient near 0 into a full step of either sign, so only step 0 is exact to 1e-5."""
+    """To float32 rounding: sums of the same terms in another order. Adam with beta1 = 0 can turn the rounding of a
+    gradient near 0 into a full step, hence the room above the 3e-7 that was found."""
     one, two = runs
-    assert relative_difference(two[0][f"grad/0/{phase}"], one[f"grad/0/{phase}"]) < 1e-5
-    for step in range(1, 4):
-        assert relative_difference(two[0][f"grad/{step}/{phase}"], one[f"grad/{step}/{phase}"]) < 1e-3
+    for step in range(4):
+        assert relative_difference(two[0][f"grad/{step}/{phase}"], one[f"grad/{step}/{phase}"]) < 1e-5, step
 
 
 def test_weights_and_averages_are_those_of_one_process(runs):
     one, two = runs
     for name in one:
         if name.startswith("state/") and "exp_avg" not in name:
-            assert relative_difference(two[0][name], one[name]) < 1e-4, name
+            assert relative_difference(two[0][name], one[name]) < 1e-6, name
 
 
 def test_all_ranks_hold_the_same_weights(runs):
