@@ -8,7 +8,7 @@ JOBS   ?= 2
 
 # `make demo` trains on drawn faces. DEMO_FLAGS replaces the settings, DEMO_ARGS adds to them (make demo DEMO_ARGS="--kimg 40").
 DEMO_OUT   ?= runs/demo
-DEMO_FLAGS ?= --res 64 --network.channel-base 2048 --network.channel-max 64 --batch-size 16 --kimg 12 --grid-kimg 2 \
+DEMO_FLAGS ?= --res 64 --network.channel-base 2048 --network.channel-max 64 --batch-size 16 --loss.r1-gamma 1 --kimg 24 --grid-kimg 4 \
               --mirror --tracker none --out $(DEMO_OUT)
 DEMO_ARGS  ?=
 
