@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ os.environ.pop("STYLEPIPE_DEBUG", None)  # tests expect messages where it would 
 
 
 def pytest_configure() -> None:
+    # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads each would only fight
         torch.set_num_threads(1)
 
