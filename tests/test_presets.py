@@ -72,6 +72,12 @@ def test_what_the_user_says_wins():
     assert config.network.channel_max == 512
 
 
+def test_a_small_device_takes_fewer_images_at_a_time_unless_told():
+    assert resolve(Config(res=1024), 1, batch_gpu_limit=2).batch_gpu == 2
+    assert resolve(Config(res=1024), 1, batch_gpu_limit=64).batch_gpu == 4
+    assert resolve(Config(res=1024, batch_gpu=8), 1, batch_gpu_limit=2).batch_gpu == 8
+
+
 def test_resolving_twice_changes_nothing():
     config = resolve(Config(res=64, batch_size=6), 2)
     assert resolve(config, 2) == config

@@ -42,6 +42,9 @@ from stylepipe.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+# Two images at a time at 1024 px: in float32 the presets' four take 16 GB, more than many a machine without a GPU has.
+CPU_BATCH_PIXELS = 2048
+
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
 
   accelerate launch launch/train.py --res 256 --data PHOTOGRAPHS --mirror
@@ -186,8 +189,9 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
     Raises:
         UserError: a precision that the device has not, or what `resolve` refuses.
     """
-    config = resolve(config, accelerator.num_processes)
-    if accelerator.device.type == "cpu":
+    on_cpu = accelerator.device.type == "cpu"
+    config = resolve(config, accelerator.num_processes, max(1, CPU_BATCH_PIXELS // config.res) if on_cpu else None)
+    if on_cpu:
         if config.precision == "fp16":
             raise UserError("--precision fp16: expected fp32, bf16 or auto on a CPU")
         return with_precision(config, "fp32" if config.precision == "auto" else config.precision)

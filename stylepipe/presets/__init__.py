@@ -26,10 +26,10 @@ PRESETS: dict[str, Preset] = {
 CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 activations in range
 
 
-def resolve(config: Config, world_size: int) -> Config:
+def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None) -> Config:
     """Fill every open option for `world_size` processes and check that the numbers fit together.
 
-    Only `precision="auto"` and `batch_gpu="auto"` may remain, which need the device.
+    `batch_gpu_limit` caps the preset's micro-batch where the device is smaller than those it was made for. Only `precision="auto"` and `batch_gpu="auto"` may remain, which need the device.
 
     Raises:
         UserError: an option no run could use, an unknown preset, a batch size that does not divide.
@@ -62,7 +62,8 @@ def resolve(config: Config, world_size: int) -> Config:
             f"(--batch-size {batch_size} / {world_size} processes); "
             f"try {largest_divisor(per_process, config.batch_gpu)}"
         )
-    return with_batch_gpu(config, largest_divisor(per_process, config.batch_gpu))
+    limit = config.batch_gpu if batch_gpu_given or batch_gpu_limit is None else min(config.batch_gpu, batch_gpu_limit)
+    return with_batch_gpu(config, largest_divisor(per_process, limit))
 
 
 def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
