@@ -218,8 +218,11 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ShardDatase
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Tell whether a folder holds a prepared dataset: it has a manifest."""
-    return (Path(path) / MANIFEST_FILE).is_file()
+    """Tell whether a folder holds a prepared dataset: it has a manifest that names our format, whole or damaged."""
+    try:
+        return FORMAT_NAME.encode() in (Path(path) / MANIFEST_FILE).read_bytes()
+    except OSError:
+        return False
 
 
 def load_manifest(path: str | Path) -> Manifest:

@@ -24,6 +24,7 @@ TrackerKind = Literal["wandb", "tensorboard", "none"]
 
 MIN_RES, MAX_RES = 8, 1024
 MAX_SEED = 2**63
+MAX_KIMG = 1e9
 
 T = TypeVar("T")
 
@@ -210,6 +211,24 @@ def validate(config: Config) -> None:
     if not (MIN_RES <= res <= MAX_RES and res & (res - 1) == 0):
         near = min((2**k for k in range(3, 11)), key=lambda r: abs(r - res))
         raise UserError(f"--res {res}: expected a power of two from {MIN_RES} to {MAX_RES}; try {near}")
+    for option, text in {"--data": config.data, "--out": config.out, "--resume": config.resume}.items():
+        if text == "":
+            raise UserError(f'{option} "": expected a path; leave the option out for its default')
+    limited = {
+        "--kimg": (config.kimg, MAX_KIMG),
+        "--snapshot-kimg": (config.snapshot_kimg, MAX_KIMG),
+        "--grid-kimg": (config.grid_kimg, MAX_KIMG),
+        "--tick-kimg": (config.tick_kimg, MAX_KIMG),
+        "--batch-size": (config.batch_size, 2**20),
+        "--network.z-dim": (config.network.z_dim, 2**16),
+        "--network.w-dim": (config.network.w_dim, 2**16),
+        "--network.channel-base": (config.network.channel_base, 2**24),
+        "--network.channel-max": (config.network.channel_max, 2**16),
+        "--network.mapping-layers": (config.network.mapping_layers, 100),
+    }
+    for option, (number, most) in limited.items():
+        if number is not None and number > most:
+            raise UserError(f"{option} {number}: expected at most {most}")
     positive = {
         "--kimg": config.kimg,
         "--batch-size": config.batch_size,

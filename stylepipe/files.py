@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it; at import no other thread makes files
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -34,6 +37,8 @@ def _flush(path: Path) -> None:
     """Force a file, or every file below a folder, to the disk."""
     entries = [path, *path.rglob("*")] if path.is_dir() else [path]
     for entry in entries:
+        if entry.is_file():
+            entry.chmod(0o666 & ~_UMASK)  # some libraries write files that nobody else may read
         _flush_entry(entry)
 
 

@@ -19,6 +19,9 @@ COMMANDS = {
     "bench": "measure the speed of this machine",
 }
 
+# What the file system answers to a user's path, anywhere.
+FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR)
+
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -62,9 +65,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO):
+        if error.errno not in FILE_ERRORS:
             raise
-        print(f"error: {error}; see to the disk, then start the same command again", file=sys.stderr)
+        print(f"error: {error}; see to the path, its permissions and the room on its disk", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -22,6 +22,8 @@ from stylepipe.interop.network_file import load_network
 
 DEFAULT_COUNT = 16  # images, when neither --seeds nor --grid says how many
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 1_000_000
+MAX_PLACES = 10_000
 MAX_SEEDS_IN_NAME = 60  # characters; file systems allow 255 in all
 
 
@@ -86,6 +88,8 @@ def sample(options: SampleOptions) -> Path:
     seeds = _seeds(options, shape)
     if options.trunc_cutoff is not None and options.trunc_cutoff < 0:
         raise UserError(f"--trunc-cutoff {options.trunc_cutoff}: expected a number of layers, 0 or more")
+    if not math.isfinite(options.trunc):
+        raise UserError(f"--trunc {options.trunc}: expected a finite number, such as 0.7")
     if options.batch < 1:
         raise UserError(f"--batch {options.batch}: expected at least 1")
     device = _device(options.device)
@@ -115,6 +119,8 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last - first >= MAX_COUNT:
+            raise UserError(f"--seeds {text}: expected at most {MAX_COUNT} images at a time")
         if first > last or last > MAX_SEED:
             raise UserError(f"--seeds {text}: '{part}' found, expected numbers and rising ranges such as 0-15,42")
         seeds.extend(range(first, last + 1))
@@ -129,6 +135,8 @@ def latents(seeds: list[int], z_dim: int) -> NDArray[np.float32]:
 
 def _seeds(options: SampleOptions, shape: tuple[int, int] | None) -> list[int]:
     places = math.prod(shape) if shape else None
+    if places is not None and places > MAX_PLACES:
+        raise UserError(f"--grid {options.grid}: {places} places, expected at most {MAX_PLACES}")
     if options.seeds is None:
         return list(range(places or DEFAULT_COUNT))
     seeds = parse_seeds(options.seeds)

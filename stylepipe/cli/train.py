@@ -142,6 +142,8 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     """
     config = settle(config, accelerator)
     state = find_state(config)
+    if config.dry_run and config.data is not None and not Path(config.data).is_dir():
+        raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
         return config, state, None, 0
     # Every process asks: the first on its machine prepares the data, the others wait for it.
@@ -168,10 +170,10 @@ def tell_full_length(config: Config, trainer: Trainer, c_dim: int) -> None:
     """Say how long the preset's full training would take at the speed of this one."""
     world_size = trainer.accelerator.num_processes
     full_kimg = filled(PRESETS[str(config.preset)](config.res, world_size, config.batch_size).kimg)
-    if trainer.total_images >= full_kimg * 1000 or trainer.sec_per_kimg is None:
+    steps = (trainer.total_images - trainer.first_image) // filled(config.batch_size)
+    if trainer.total_images >= full_kimg * 1000 or trainer.sec_per_kimg is None or steps == 0:
         return
     # A short run has lazy phases more often than a long one, its first step all of them.
-    steps = (trainer.total_images - trainer.first_image) // filled(config.batch_size)
     first = trainer.first_image // filled(config.batch_size)
     recipe = trial(config, c_dim, torch.device("meta"), trainer.batch_gpu)
     cost = estimate(recipe, config.res, c_dim, trainer.batch_gpu).flops

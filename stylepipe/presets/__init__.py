@@ -29,7 +29,8 @@ CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 
 def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None) -> Config:
     """Fill every open option for `world_size` processes and check that the numbers fit together.
 
-    `batch_gpu_limit` caps the preset's micro-batch where the device is smaller than those it was made for. Only `precision="auto"` and `batch_gpu="auto"` may remain, which need the device.
+    Only `precision="auto"` and `batch_gpu="auto"` may remain, which need the device. `batch_gpu_limit` caps the
+    preset's micro-batch where the device is smaller than those it was made for.
 
     Raises:
         UserError: an option no run could use, an unknown preset, a batch size that does not divide.

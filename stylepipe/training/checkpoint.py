@@ -82,7 +82,12 @@ def load_state(path: Path) -> State:
         UserError: no such folder, not a state, a newer format, or content that is not as it was written.
     """
     if not path.is_dir():
-        raise UserError(f"--resume {path}: no such folder; expected one named state-<kimg>")
+        found = "a file" if path.exists() else "no such folder"
+        raise UserError(f"--resume {path}: {found}; expected a folder named state-<kimg>")
+    if (newest := newest_state(path)) is not None:
+        raise UserError(f"--resume {path}: the folder of a run; expected one of its states, such as {newest}")
+    if not _NAME.fullmatch(path.resolve().name) and not (path / "state.json").exists():
+        raise UserError(f"--resume {path}: no state; expected a folder named state-<kimg>")
     remedy = "delete that folder to go on from an older one, or give another with --resume"
     try:
         description = json.loads((path / "state.json").read_text())
@@ -101,7 +106,9 @@ def load_state(path: Path) -> State:
         raise UserError(f"{path}: not a whole state, {Path(error.filename).name} is missing; {remedy}") from error
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see to its permissions and to the disk") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable state ({error}); {remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C, SIGTERM, or a launcher that has died end the training after the running step."""
+"""Stopping in good order: Ctrl-C, SIGTERM, SIGHUP or the launcher's death end the training after the running step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Interrupt:
         self._votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def __enter__(self) -> Interrupt:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(
@@ -75,7 +78,7 @@ class Interrupt:
         return bool(arrived)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.cause = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(number)]
+        self.cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         self.exit_code = 128 + number
         self._interrupts += number == signal.SIGINT
         if self._interrupts >= 3:

@@ -34,6 +34,8 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
     Raises:
         UserError: it cannot, or it holds another run that this one would overwrite.
     """
+    if config.out is not None and Path(config.out).is_file():
+        raise UserError(f"--out {config.out}: is a file; expected a folder")
     try:
         out = Path(config.out) if config.out is not None else _next_run(f"{config.preset}-{data_name}-{config.res}")
         out.mkdir(parents=True, exist_ok=True)
@@ -41,6 +43,11 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
             pass
     except OSError as error:
         raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
+    if state is None and newest_state(out) is None and (networks := sorted(out.glob("network-*.safetensors"))):
+        raise UserError(
+            f"--out {out}: holds the networks of a run whose states are gone, up to {networks[-1].name}, which "
+            f"a new run would overwrite; give another folder"
+        )
     newest = newest_state(out)
     if newest is not None and (state is None or newest.resolve() != state.path.resolve()):
         raise UserError(

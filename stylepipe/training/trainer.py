@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
 from stylepipe.datasets.processes import available_cpus
-from stylepipe.datasets.reader import Reader
+from stylepipe.datasets.reader import Batch, Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
@@ -84,14 +85,17 @@ class Trainer:
         if state is not None:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
-            resumed, run_id = state.images_seen, state.info.get("tracker_run_id")
+            resumed = state.images_seen
+            if state.path.resolve().parent == out.resolve():  # a branch of a run is a run of its own
+                run_id = state.info.get("tracker_run_id")
             if state.info.get("order_version") != ORDER_VERSION:
                 logger.warning(
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
         self.batch_size = filled(config.batch_size)
-        self.total_images = -(-round(filled(config.kimg) * 1000) // self.batch_size) * self.batch_size
         self.first_image = self.engine.images_seen
+        ahead = max(0, math.ceil(filled(config.kimg) * 1000) - self.first_image)
+        self.total_images = self.first_image + -(-ahead // self.batch_size) * self.batch_size
         self.sec_per_kimg: float | None = None
         self._seconds = 0.0
         settings = config_mapping(config)
@@ -139,7 +143,7 @@ class Trainer:
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             stop = self.engine.images_seen >= self.total_images
             while not stop:
-                self.engine.step(next(batches))
+                self.engine.step(self._next(batches))
                 self.progress.update(self.engine.images_seen)
                 finished = self.engine.images_seen >= self.total_images
                 stop = interrupt.agreed() or finished
@@ -154,6 +158,18 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch; if the data fails, one process alone saves what it has learnt before it ends.
+
+        Of several processes the others know nothing of it and cannot agree to save; they end with the last state.
+        """
+        try:
+            return next(batches)
+        except UserError:
+            if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
+                self._save_snapshot()
+            raise
+
     def _keep_up(self, stop: bool, finished: bool) -> None:
         """Do what is due after a step."""
         snapshot = stop or self._due(self.config.snapshot_kimg)
@@ -163,14 +179,15 @@ class Trainer:
         failed = self._tick()
         if grid:
             self._on_main(self._save_grid)
-        if snapshot or failed:
-            self._on_main(self._save_snapshot)
         if failed:
+            # Nothing is saved: the newest state stays one from before, and no healthy one is pruned for it.
             raise UserError(
                 f"training has diverged: every gradient since the last log line was inf or NaN, so no update was made; "
-                f"the last healthy weights are in {self.out}; go on from an older state, with --resume STATE and "
-                f"another --out, with a lower learning rate or stronger regularization"
+                f"go on from a state of {self.out} with --resume STATE and another --out, with a lower learning rate "
+                f"or stronger regularization"
             )
+        if snapshot:
+            self._on_main(self._save_snapshot)
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
     def _due(self, kimg: float) -> bool:

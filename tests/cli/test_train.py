@@ -257,6 +257,9 @@ def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
         "two presets": (["--config", str(preset), "--preset", "paper256"], "give one of them"),
         "older state": (["--data", str(shards), "--out", str(older), "--resume", "none"], "--resume none"),
         "missing state": (["--data", str(shards), "--resume", str(tmp_path / "state-1")], "--resume"),
+        "run for state": (["--data", str(shards), "--resume", str(older)], "one of its states, such as"),
+        "empty out": (["--data", str(shards), "--out", ""], '--out ""'),
+        "far too long": (["--data", str(shards), "--kimg", "1e306"], "--kimg 1e+306"),
         "missing config": (["--config", str(tmp_path / "no.yaml")], "--config"),
         "half on a cpu": (["--data", str(shards), "--precision", "fp16"], "--precision fp16"),
     }
@@ -266,7 +269,16 @@ def bad(tmp_path: Path, shards: Path) -> dict[str, tuple[list[str], str]]:
     "case",
     [
         *("missing data", "empty data", "other resolution", "no power of two", "unknown preset", "batch", "unwritable"),
-        *("no labels", "two presets", "older state", "missing state", "missing config", "half on a cpu"),
+        *(
+            "no labels",
+            "two presets",
+            "older state",
+            "run for state",
+            "missing state",
+            "missing config",
+            "half on a cpu",
+        ),
+        *("empty out", "far too long"),
     ],
 )
 def test_a_mistake_gets_one_message_and_exit_code_2(case, shards, tmp_path, capsys, monkeypatch):
@@ -304,6 +316,56 @@ def test_a_truncated_state_is_refused(finished, shards, tmp_path, capsys):
     assert "truncated or damaged" in capsys.readouterr().err
     shutil.rmtree(out / "state-000000.128")  # the remedy that the message gives
     assert main(options(shards, out, 0.064)) == 0
+
+
+def test_a_diverged_run_leaves_its_healthy_state_alone(shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(options(shards, out, 0.016)) == 0
+    huge = ["--optim.g-lr", "1e36", "--optim.d-lr", "1e36", "--keep-states", "1"]
+    for _ in range(2):
+        assert main(options(shards, out, 1, *huge)) == 2
+        assert "training has diverged" in capsys.readouterr().err
+        assert [path.name for path in out.glob("state-*")] == ["state-000000.016"]
+
+
+def test_an_image_that_cannot_be_read_costs_no_training(shards, tmp_path, capsys):
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(shards, damaged)
+    (shard,) = damaged.glob("*.tar")
+    with open(shard, "r+b") as file:  # the pixels of one image in the middle
+        file.seek(shard.stat().st_size // 2)
+        file.write(b"\xff" * 600)
+    assert main(options(damaged, out, 1, "--snapshot-kimg", "1000")) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    states = list(out.glob("state-*"))
+    assert len(states) == 1 or not (out / "stats.jsonl").read_text(), "saved what had been learnt until then"
+
+
+def test_the_networks_of_a_run_without_states_are_not_overwritten(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "network-000000.128.safetensors", out)
+    assert main(options(shards, out, 0.128)) == 2
+    assert "holds the networks of a run" in capsys.readouterr().err
+
+
+def test_going_on_with_another_batch_size_ends_where_it_says(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert main(options(shards, out, 0.14, "--batch-size", "20", "--batch-gpu", "20")) == 0
+    assert "going on from 0.128 to 0.148 kimg" in capsys.readouterr().out
+    assert (out / "state-000000.148").exists()
+
+
+def test_files_can_be_read_by_others(finished):
+    for path in (*finished.glob("network-*"), finished / "state-000000.128" / "state.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def test_a_run_is_not_overwritten(finished, shards, capsys):

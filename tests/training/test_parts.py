@@ -80,7 +80,8 @@ def test_a_fixed_resolution_counts_steps():
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "cause"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+    ("number", "code", "cause"),
+    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")],
 )
 def test_a_signal_is_noted_and_obeyed_after_the_step(number, code, cause):
     handler = signal.getsignal(number)
