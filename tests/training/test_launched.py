@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def start(tmp_path: Path, command: str, *, cpu: bool = True, **environment: str)
         timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
     )
-    said = sorted(line.strip("<>") for line in done.stdout.splitlines() if line.startswith("<"))
+    said = sorted(re.findall("<(.*?)>", done.stdout))  # processes may write to the same line
     assert said, done.stderr
     return said
 
