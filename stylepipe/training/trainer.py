@@ -94,8 +94,7 @@ class Trainer:
                 )
         self.batch_size = filled(config.batch_size)
         self.first_image = self.engine.images_seen
-        ahead = max(0, math.ceil(filled(config.kimg) * 1000) - self.first_image)
-        self.total_images = self.first_image + -(-ahead // self.batch_size) * self.batch_size
+        self.total_images = last_image(self.first_image, filled(config.kimg), self.batch_size)
         self.sec_per_kimg: float | None = None
         self._seconds = 0.0
         settings = config_mapping(config)
@@ -315,6 +314,12 @@ class Trainer:
 def config_mapping(config: Config) -> dict[str, Any]:
     """Return the settings that make the run, as they stand in config.yaml."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
+
+
+def last_image(first_image: int, kimg: float, batch_size: int) -> int:
+    """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
+    wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
+    return first_image + -(-max(0, wanted - first_image) // batch_size) * batch_size
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

@@ -13,6 +13,7 @@ from stylepipe.training.arena import Arena, mark_trained
 from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import FixedResolution
 from stylepipe.training.interrupt import Interrupt
+from stylepipe.training.trainer import last_image
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,14 @@ def test_ema_follows_weights_and_leaves_buffers():
     assert average.running_mean.tolist() == [0.0] * 4
 
 
+@pytest.mark.parametrize(
+    ("first", "kimg", "batch_size", "last"),
+    [(0, 1.1, 10, 1100), (0, 0.008, 32, 32), (0, 1e-9, 8, 8), (128, 0.14, 20, 148), (64, 0.05, 8, 64)],
+)
+def test_training_ends_with_the_batch_that_reaches_its_length(first, kimg, batch_size, last):
+    assert last_image(first, kimg, batch_size) == last
+
+
 def test_a_fixed_resolution_counts_steps():
     stage = FixedResolution(64, 32).at(320)
     assert (stage.resolution, stage.alpha, stage.batch_size, stage.step) == (64, 1.0, 32, 10)
@@ -118,6 +127,7 @@ def test_the_third_ctrl_c_quits():
 ORPHAN = """
 import os, sys, time, torch
 from stylepipe.training.interrupt import Interrupt
+from stylepipe.training.trainer import last_image
 with Interrupt(torch.device("cpu"), parent=int(sys.argv[2]) or None) as interrupt:
     print(interrupt.agreed(), flush=True)
     for _ in range(40):
