@@ -5,18 +5,23 @@ device's own kernel may override under the same name, a fake implementation for 
 and a gradient that is itself made of differentiable ops, so that R1 and path length regularization work.
 """
 
+from stylepipe.kernels.act_fir import act_fir
 from stylepipe.kernels.bias_act import activation_gain, bias_act
 from stylepipe.kernels.conv2d import conv2d
 from stylepipe.kernels.filters import downsample2d, filter2d, setup_filter, upsample2d
+from stylepipe.kernels.styled_act import per_pixel_dot, styled_act
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 __all__ = [
+    "act_fir",
     "activation_gain",
     "bias_act",
     "conv2d",
     "downsample2d",
     "filter2d",
+    "per_pixel_dot",
     "setup_filter",
+    "styled_act",
     "upfirdn2d",
     "upsample2d",
 ]

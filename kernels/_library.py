@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from stylepipe.kernels.native import Library, library
+
 LIBRARY = torch.library.Library("stylepipe", "FRAGMENT")
 
 # The PyTorch implementations answer for every device; a kernel for one device is registered under its own key.
+STRAIGHT = ("linear", "relu", "lrelu")
+"""Activations that are straight on both sides of 0."""
+
 ANY_DEVICE = "CompositeExplicitAutograd"
 
 
@@ -15,3 +20,14 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def compiled(source: str, x: torch.Tensor, act: str = "linear") -> Library | None:
+    """Return the compiled kernels of cuda/`source`.cu or cpu/`source`.cpp if they are there and made for x and act.
+
+    Those for a CPU are made for channels_last, as networks run, and activations that are straight on both sides of 0.
+    """
+    kernels = library(source, x.dtype, x.device)
+    if kernels is None or kernels.threads > 1:
+        return kernels
+    return kernels if memory_format_of(x) == torch.channels_last and act in STRAIGHT else None

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, memory_format_of
+from stylepipe.kernels._epilogue import Operands, run_backward, run_forward, view_along
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
+from stylepipe.kernels.native import Library
 
 _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
@@ -57,7 +59,7 @@ def _tanh_second(u: torch.Tensor, _: float) -> torch.Tensor:
 
 
 _SCALED = _SELU_SCALE * _SELU_ALPHA
-_ACTIVATIONS = {
+_ACTIVATIONS = {  # in the order of cuda/common.cuh
     # name: (default gain, default alpha, act(u), act'(u), act''(u))
     "linear": _Activation(1, 0, lambda u, _: u, lambda u, _: torch.ones_like(u), None),
     "relu": _Activation(math.sqrt(2), 0, lambda u, _: u.relu(), lambda u, _: (u > 0).to(u.dtype), None),
@@ -88,6 +90,11 @@ _ACTIVATIONS = {
 def activation_gain(act: str) -> float:
     """Return the default gain of an activation: what keeps unit variance for the ReLU family, else 1."""
     return _lookup(act).gain
+
+
+def activation_alpha(act: str) -> float:
+    """Return the default alpha of an activation: 0.2 for lrelu; the others have none, 0."""
+    return _lookup(act).alpha
 
 
 def bias_act(
@@ -135,7 +142,7 @@ def _lookup(act: str) -> _Activation:
     return _ACTIVATIONS[act]
 
 
-def _keeps_sign(act: str, alpha: float, gain: float) -> bool:
+def keeps_sign(act: str, alpha: float, gain: float) -> bool:
     """Tell whether the output's sign and magnitude suffice for the gradient (see the head of this file)."""
     return gain > 0 and (act in ("linear", "relu") or (act == "lrelu" and alpha >= 0))
 
@@ -149,6 +156,19 @@ def _sum_to_bias(dx: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
     return dx.sum([i for i in range(dx.ndim) if i != dim]).to(b.dtype) if dx.ndim > 1 else dx.to(b.dtype)
 
 
+def _nothing(like: torch.Tensor) -> torch.Tensor:
+    """Stand for an output that is not wanted: an op has to return a tensor."""
+    return like.new_empty(0)
+
+
+def _kernels(x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str) -> Library | None:
+    """Return compiled kernels that take x and b, or None."""
+    rows = memory_format_of(x) == torch.channels_last
+    if x.numel() == 0 or (rows and b is not None and dim != 1):
+        return None
+    return compiled("epilogue", x, act)
+
+
 # --- forward ---
 
 LIBRARY.define(
@@ -156,8 +176,8 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 LIBRARY.define(
-    "bias_act_backward(Tensor dy, Tensor ref, Tensor? b, int dim, str act, float alpha, float gain, float? clamp)"
-    " -> Tensor",
+    "bias_act_backward(Tensor dy, Tensor ref, Tensor? b, int dim, str act, float alpha, float gain, float? clamp,"
+    " bool with_db) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -166,7 +186,11 @@ LIBRARY.define(
 def _forward(
     x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
 ) -> torch.Tensor:
-    if _keeps_sign(act, alpha, gain):
+    if kernels := _kernels(x, b, dim, act):
+        x = x.contiguous(memory_format=memory_format_of(x))
+        operands = Operands(bias=b, act=act, alpha=alpha, gain=gain, clamp=clamp)
+        return run_forward(kernels, x, view_along(x, None if b is None else dim), operands)[0]
+    if keeps_sign(act, alpha, gain):
         y = _forward_homogeneous(x, b, dim, act, alpha, gain)
     else:
         u = x if b is None else x + _along(b, x, dim)
@@ -203,20 +227,20 @@ def _forward_fake(x: torch.Tensor, *_: Any) -> torch.Tensor:
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, b, *ctx.options = inputs
     _, act, alpha, gain, _ = ctx.options
-    ctx.save_for_backward(output if _keeps_sign(act, alpha, gain) else x, b)
+    ctx.save_for_backward(output if keeps_sign(act, alpha, gain) else x, b)
 
 
 def _forward_autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     ref, b = ctx.saved_tensors
-    dx = torch.ops.stylepipe.bias_act_backward(dy, ref, b, *ctx.options)
-    db = _sum_to_bias(dx, b, ctx.options[0]) if ctx.needs_input_grad[1] else None
-    return dx, db, None, None, None, None, None
+    with_db = ctx.needs_input_grad[1]
+    dx, db = torch.ops.stylepipe.bias_act_backward(dy, ref, b, *ctx.options, with_db)
+    return dx, db if with_db else None, None, None, None, None, None
 
 
 torch.library.register_autograd("stylepipe::bias_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
 
 
-# --- gradient: dx = dy * gain * act'(x + b), zero where clamped ---
+# --- gradient: dx = dy * gain * act'(x + b), zero where clamped, and db, its sum ---
 
 
 @torch.library.impl(LIBRARY, "bias_act_backward", ANY_DEVICE)
@@ -229,11 +253,32 @@ def _backward(
     alpha: float,
     gain: float,
     clamp: float | None,
+    with_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dx and db [C] (empty without `with_db`); `ref` is y where its sign suffices, else x."""
+    dy = dy.contiguous(memory_format=memory_format_of(ref))
+    if kernels := _kernels(ref, b, dim, act):
+        ref = ref.contiguous(memory_format=memory_format_of(ref))
+        by_sign = keeps_sign(act, alpha, gain)
+        operands = Operands(bias=None if by_sign else b, act=act, alpha=alpha, gain=gain, clamp=clamp)
+        view, wanted = view_along(ref, None if b is None else dim), {"bias"} if with_db else set[str]()
+        dx, sums = run_backward(kernels, dy, ref, view, operands, wanted, ref_is_output=by_sign)
+        return dx, sums["bias"].sum(0).to(b.dtype) if with_db and b is not None else _nothing(dx)
+    dx = _backward_in_torch(dy, ref, b, dim, act, alpha, gain, clamp)
+    return dx, _sum_to_bias(dx, b, dim) if with_db and b is not None else _nothing(dx)
+
+
+def _backward_in_torch(
+    dy: torch.Tensor,
+    ref: torch.Tensor,
+    b: torch.Tensor | None,
+    dim: int,
+    act: str,
+    alpha: float,
+    gain: float,
+    clamp: float | None,
 ) -> torch.Tensor:
-    """Return dx; `ref` is the output y where the output's sign suffices, else the input x."""
-    memory_format = memory_format_of(ref)
-    dy = dy.contiguous(memory_format=memory_format)
-    if not _keeps_sign(act, alpha, gain):
+    if not keeps_sign(act, alpha, gain):
         u = ref if b is None else ref + _along(b, ref, dim)
         return dy * _clamped_derivative(u, act, alpha, gain, clamp, _ACTIVATIONS[act].first)
     if act == "lrelu":
@@ -265,29 +310,37 @@ def _clamped_derivative(
 
 
 @torch.library.register_fake("stylepipe::bias_act_backward", lib=LIBRARY)
-def _backward_fake(dy: torch.Tensor, ref: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(ref, memory_format=memory_format_of(ref))
+def _backward_fake(
+    dy: torch.Tensor, ref: torch.Tensor, b: torch.Tensor | None, dim: int, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with_db = options[-1] and b is not None
+    db = torch.empty_like(b) if with_db and b is not None else _nothing(ref)
+    return torch.empty_like(ref, memory_format=memory_format_of(ref)), db
 
 
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     dy, ref, b, *ctx.options = inputs
     ctx.curved = _ACTIVATIONS[ctx.options[1]].second is not None
     # A piecewise linear activation's gradient is linear in dy, which is then not needed again.
     ctx.save_for_backward(dy if ctx.curved else None, ref, b)
+    ctx.set_materialize_grads(False)
 
 
-def _backward_autograd(ctx: Any, ddx: torch.Tensor) -> tuple[Any, ...]:
+def _backward_autograd(ctx: Any, ddx: torch.Tensor | None, ddb: torch.Tensor | None) -> tuple[Any, ...]:
     dy, ref, b = ctx.saved_tensors
-    dim, act, alpha, gain, clamp = ctx.options
-    ddy = torch.ops.stylepipe.bias_act_backward(ddx, ref, b, *ctx.options) if ctx.needs_input_grad[0] else None
-    dref = db = None
-    if ctx.curved and any(ctx.needs_input_grad[1:3]):
+    dim, act, alpha, gain, clamp, _ = ctx.options
+    if ddb is not None and b is not None:  # db is the sum of dx
+        ddx = _along(ddb, ref, dim).expand_as(ref) if ddx is None else ddx + _along(ddb, ref, dim)
+    ddy = dref = db = None
+    if ddx is not None and ctx.needs_input_grad[0]:
+        ddy = torch.ops.stylepipe.bias_act_backward(ddx, ref, b, dim, act, alpha, gain, clamp, False)[0]
+    if ddx is not None and ctx.curved and any(ctx.needs_input_grad[1:3]):
         u = ref if b is None else ref + _along(b, ref, dim)
         second = _ACTIVATIONS[act].second
         assert second is not None
         dref = dy * ddx * _clamped_derivative(u, act, alpha, gain, clamp, second)
-        db = _sum_to_bias(dref, b, dim) if ctx.needs_input_grad[2] else None
-    return ddy, dref, db, None, None, None, None, None
+        db = _sum_to_bias(dref, b, dim) if b is not None and ctx.needs_input_grad[2] else None
+    return ddy, dref, db, None, None, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, memory_format_of
+from stylepipe.kernels._fir import Geometry, run_upfirdn2d
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
 
 Pair = int | Sequence[int]
 
@@ -120,6 +121,11 @@ def _forward(
     memory_format = memory_format_of(x)
     if x.numel() == 0:
         return torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=memory_format)
+    if kernels := compiled("upfirdn2d", x):
+        height, width = shape[2:]
+        (upx, upy), (downx, downy), (x0, x1, y0, y1) = up, down, padding
+        geometry = Geometry((upx, upy), (downx, downy), (x0, x1, y0, y1), flip_filter, gain, height, width)
+        return run_upfirdn2d(kernels, x.contiguous(memory_format=memory_format), f, geometry)
     f = f.to(x.dtype)
     if f.ndim == 1:
         f = torch.outer(f, f)  # two separable passes lose to one depthwise convolution

@@ -17,6 +17,7 @@ COMMANDS = {
     "prepare": "turn a folder of photographs into shards to train on",
     "sample": "make images with a trained network",
     "bench": "measure the speed of this machine",
+    "kernels": "compile the CUDA kernels ahead of time; list or remove compiled ones",
 }
 
 # What the file system answers to a user's path, anywhere.

@@ -8,19 +8,36 @@ wherever that factor is cheapest. Leaky ReLU being positively homogeneous, its g
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import activation_gain, bias_act, conv2d, downsample2d, setup_filter, upfirdn2d, upsample2d
+from stylepipe.kernels import (
+    act_fir,
+    activation_gain,
+    bias_act,
+    conv2d,
+    downsample2d,
+    per_pixel_dot,
+    setup_filter,
+    styled_act,
+    upfirdn2d,
+    upsample2d,
+)
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
 _LRELU_SLOPE = 0.2
 _DEMODULATION_EPS = 1e-8
 _STDDEV_EPS = 1e-8
+_BLUR_PADDING = 2  # in front of a 3x3 convolution of stride 2
+
+
+def resample_filter() -> torch.Tensor:
+    """Return the low-pass filter of all resampling, [4], to be applied along both axes."""
+    return setup_filter(RESAMPLE_TAPS, separable=True)
 
 
 def to_channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -92,25 +109,38 @@ class Conv2d(nn.Module):
         self._weight_gain = self._bias_gain / math.sqrt(in_channels * kernel_size**2)
         self._clamp = None if conv_clamp is None else conv_clamp * gain
         if down > 1:
-            self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+            self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, in_channels, H, W] to [N, out_channels, H / down, W / down]."""
+    def forward(
+        self, x: torch.Tensor, *, blur: torch.Tensor | None = None, blurred: bool = False
+    ) -> torch.Tensor:
+        """Map x [N, in_channels, H, W] to [N, out_channels, H / down, W / down].
+
+        Two layers of which the second halves a 3x3 convolution's input share the filter between them: the first is
+        given it as `blur`, which joins its activation, and the second is told that x is `blurred`.
+        """
         weight = (self.weight * self._weight_gain).to(x.dtype)
         bias = None if self.bias is None else (self.bias * self._bias_gain).to(x.dtype)
         # oneDNN adds the bias inside of the convolution; elsewhere that would be a pass of its own.
         fused = bias if x.device.type == "cpu" else None
-        y = self._convolve(x, weight, fused)
-        if self.act == "linear" and self._clamp is None and bias is fused:
+        y = self._convolve(x, weight, fused, blurred)
+        rest = bias if fused is None else None
+        if blur is not None:
+            return act_fir(y, rest, blur, _BLUR_PADDING, act=self.act, gain=1, clamp=self._clamp)
+        if self.act == "linear" and self._clamp is None and rest is None:
             return y
-        return bias_act(y, bias if fused is None else None, act=self.act, gain=1, clamp=self._clamp)
+        return bias_act(y, rest, act=self.act, gain=1, clamp=self._clamp)
 
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _convolve(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, blurred: bool
+    ) -> torch.Tensor:
         if self.down == 1:
             return conv2d(x, weight, bias, padding=weight.shape[2] // 2)
         if weight.shape[2] == 1:  # the filter strides: the convolution then reads a quarter
             return conv2d(downsample2d(x, self.resample_filter), weight, bias)
-        return conv2d(upfirdn2d(x, self.resample_filter, padding=2), weight, bias, stride=2)
+        if not blurred:
+            x = upfirdn2d(x, self.resample_filter, padding=_BLUR_PADDING)
+        return conv2d(x, weight, bias, stride=2)
 
 
 class UpsampleConv1x1(nn.Module):
@@ -121,7 +151,7 @@ class UpsampleConv1x1(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, gain: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
-        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
         self._weight_gain = gain / math.sqrt(in_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,11 +160,26 @@ class UpsampleConv1x1(nn.Module):
         return upsample2d(x, self.resample_filter)
 
 
+class Modulation(NamedTuple):
+    """What a style makes of a synthesis layer, in the type of its activations.
+
+    Attributes:
+        weight: [out, in, 3, 3].
+        style: [N, in] float32, the input's scale.
+        demodulation: [N, out] float32, the output's scale.
+    """
+
+    weight: torch.Tensor
+    style: torch.Tensor
+    demodulation: torch.Tensor
+
+
 class SynthesisLayer(nn.Module):
     """Modulated convolution with demodulation, noise, bias, leaky ReLU, gain and clamp.
 
     Karras et al. 2020, arXiv:1912.04958, Eq. 1-3, in its activation form: the input is scaled by the style and the
-    output by the demodulation, so that one dense convolution serves the batch and no per-sample weight exists.
+    output by the demodulation, so that one dense convolution serves the batch and no per-sample weight exists. The
+    input's scale joins the epilogue of the layer before.
     """
 
     noise_const: torch.Tensor
@@ -160,38 +205,16 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.register_buffer("noise_const", torch.randn(res, res))
         if up > 1:
-            self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
-        self._act_gain = activation_gain("lrelu") * gain
+            self.register_buffer("resample_filter", resample_filter(), persistent=False)
+        self._gain = activation_gain("lrelu") * gain
         self._clamp = None if conv_clamp is None else conv_clamp * gain
         self._fan_in = in_channels * 9
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
-        """Map x [N, in_channels, H, W] to [N, out_channels, res, res].
+    def modulate(self, w: torch.Tensor, dtype: torch.dtype) -> Modulation:
+        """Return what w [N, w_dim] float32 makes of this layer, for activations of `dtype`.
 
-        Args:
-            x: the activations, channels_last; their type is the output's.
-            w: [N, w_dim] float32.
-            noise: [N or 1, 1, res, res] float32 of unit variance; None for none.
-        """
-        weight, style, scale = self._modulation(w, x.dtype)
-        x = x * style
-        if self.up > 1:
-            # The weight is that of a correlation, used as it is in the transposed convolution; the FIR low-passes.
-            x = conv2d(x, weight.transpose(0, 1), stride=2, transposed=True)
-            x = upfirdn2d(x, self.resample_filter, padding=1, gain=4)
-        else:
-            x = conv2d(x, weight, padding=1)
-        x = x * scale
-        if noise is not None:
-            x.add_((noise * (self.noise_strength * self._act_gain)).to(x.dtype))
-        return bias_act(x, self.bias * self._act_gain, act="lrelu", gain=1, clamp=self._clamp)
-
-    def _modulation(self, w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return weight [out, in, 3, 3], the input's scale [N, in, 1, 1] and the output's [N, out, 1, 1].
-
-        They are computed in float32 and returned in `dtype`. Demodulation cancels any scale of weight and style: the
-        equalized learning rate remains only in its epsilon, the activation's gain joins the output's scale, and for
-        float16 both are first brought to at most 1 and 1 / sqrt(fan_in), which keeps all products in its range.
+        Demodulation cancels any scale of weight and style: the equalized learning rate remains only in its epsilon,
+        and for float16 both are first brought to at most 1 and 1 / sqrt(fan_in), which keeps all products in range.
         """
         weight: torch.Tensor = self.weight
         style = self.affine(w)
@@ -201,15 +224,45 @@ class SynthesisLayer(nn.Module):
             style = style / (style.abs().amax(dim=1, keepdim=True) * math.sqrt(self._fan_in))
             eps = _DEMODULATION_EPS
         energy = style.square() @ weight.square().sum(dim=(2, 3)).t()  # of Eq. 3
-        scale = (energy + eps).rsqrt() * self._act_gain
-        n = w.shape[0]
-        return weight.to(dtype), style.to(dtype).view(n, -1, 1, 1), scale.to(dtype).view(n, -1, 1, 1)
+        return Modulation(weight.to(dtype), style, (energy + eps).rsqrt())
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        modulation: Modulation,
+        noise: torch.Tensor | None,
+        next_style: torch.Tensor | None = None,
+        rgb_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the activations [N, out_channels, res, res], and what ToRGB makes of them.
+
+        Args:
+            x: [N, in_channels, H, W], the activations times the style, channels_last; their type is the output's.
+            modulation: of this layer, for the same type.
+            noise: [N or 1, 1, res, res] float32 of unit variance; None for none.
+            next_style: [N, out_channels], which multiplies the activations returned.
+            rgb_weight: ToRGB.modulate's [N, img_channels, out_channels], None for no image.
+        """
+        weight, _, demodulation = modulation
+        filters = {}
+        if self.up > 1:
+            # The weight is that of a correlation, used as it is in the transposed convolution; the FIR low-passes.
+            x = conv2d(x, weight.transpose(0, 1), stride=2, transposed=True)
+            filters = {"f": self.resample_filter, "padding": 1, "filter_gain": 4}
+        else:
+            x = conv2d(x, weight, padding=1)
+        strength = None if noise is None else self.noise_strength
+        return styled_act(
+            x, demodulation, noise, strength, self.bias, act="lrelu", gain=self._gain, clamp=self._clamp,
+            next_scale=next_style, rgb_weight=rgb_weight, **filters,
+        )  # fmt: skip
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to colours, without demodulation or activation, computed in float32.
+    """Modulated 1x1 convolution to colours, without demodulation or activation, in float32.
 
-    The one place where per-sample weights pay: three rows of C numbers, against a pass over the activation.
+    The one place where per-sample weights pay: three rows of C numbers. The activations are weighted where they are
+    made, by the layer before.
     """
 
     def __init__(self, in_channels: int, img_channels: int, *, w_dim: int, conv_clamp: float | None = None) -> None:
@@ -220,12 +273,14 @@ class ToRGB(nn.Module):
         self._weight_gain = 1 / math.sqrt(in_channels)
         self._clamp = conv_clamp
 
-    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Map x [N, C, H, W] (channels_last) and w [N, w_dim] to [N, img_channels, H, W] float32, channels_last."""
+    def modulate(self, w: torch.Tensor) -> torch.Tensor:
+        """Return the weights [N, img_channels, C] float32 that w [N, w_dim] makes."""
         style = self.affine(w) * self._weight_gain
-        weight = self.weight.flatten(1).t() * style[:, :, None]  # [N, C, img_channels]
-        pixels = x.float().permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, C], a view
-        rgb = torch.baddbmm(self.bias, pixels, weight).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return self.weight.flatten(1) * style[:, None]
+
+    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        """Add the bias to weighted sums [N, img_channels, H, W] and clamp."""
+        rgb = rgb + self.bias[:, None, None]
         return rgb if self._clamp is None else rgb.clamp(-self._clamp, self._clamp)
 
 

@@ -7,21 +7,22 @@ arXiv:2006.06676, appendix D. Images are [N, img_channels, res, res] float32 in 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import downsample2d, setup_filter, upsample2d
+from stylepipe.kernels import downsample2d, per_pixel_dot, upsample2d
 from stylepipe.networks.layers import (
-    RESAMPLE_TAPS,
     Conv2d,
     Linear,
     MinibatchStdDev,
+    Modulation,
     SynthesisLayer,
     ToRGB,
     UpsampleConv1x1,
+    resample_filter,
     to_channels_last,
 )
 from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
@@ -134,11 +135,11 @@ class SynthesisNetwork(nn.Module):
             raise ValueError(f"ws of shape {list(ws.shape)}: expected [N, {self.num_ws}, w_dim]")
         if noise_mode == "random" and noise is None:
             noise = torch.randn(ws.shape[0], self.noise_size, device=ws.device)
-        styles = ws.unbind(dim=1)
+        styles = self._styles(ws)
         x: torch.Tensor | None = None
         img: torch.Tensor | None = None
-        first_w = first_noise = 0
-        for block in self.blocks():
+        first_noise = 0
+        for i, block in enumerate(self.blocks()):
             noises: list[torch.Tensor | None] = []
             for layer in block.layers():
                 if noise_mode == "random":
@@ -148,10 +149,27 @@ class SynthesisNetwork(nn.Module):
                     first_noise += layer.res**2
                 else:
                     noises.append(layer.noise_const[None, None] if noise_mode == "const" else None)
-            x, img = block(x, img, styles[first_w : first_w + len(noises) + 1], noises)
-            first_w += len(noises)
+            next_style = styles[i + 1].layers[0].style if i + 1 < len(styles) else None
+            x, img = block(x, img, styles[i], noises, next_style)
         assert img is not None
         return img
+
+    def _styles(self, ws: torch.Tensor) -> list[BlockStyles]:
+        """Return what ws make of every block."""
+        w_of = ws.unbind(dim=1)
+        styles = []
+        first = 0
+        for block in self.blocks():
+            styles.append(block.modulate(w_of[first : first + len(block.layers()) + 1]))
+            first += len(block.layers())
+        return styles
+
+
+class BlockStyles(NamedTuple):
+    """What the styles make of a block: of each convolution, and ToRGB's weights [N, img_channels, C] if it has one."""
+
+    layers: list[Modulation]
+    rgb_weight: torch.Tensor | None
 
 
 class SynthesisBlock(nn.Module):
@@ -186,38 +204,68 @@ class SynthesisBlock(nn.Module):
             else None
         )
         self.skip = UpsampleConv1x1(below, channels, gain=_RESIDUAL_GAIN) if residual else None
-        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def layers(self) -> list[SynthesisLayer]:
         """Return the block's convolutions in the order of their styles and noise."""
         return [self.conv1] if self.first else [self.conv0, self.conv1]
 
+    def modulate(self, ws: tuple[torch.Tensor, ...]) -> BlockStyles:
+        """Return what ws make of the block: one [N, w_dim] per convolution, and one for toRGB."""
+        layers = [layer.modulate(w, self.dtype) for layer, w in zip(self.layers(), ws, strict=False)]
+        return BlockStyles(layers, None if self.torgb is None else self.torgb.modulate(ws[-1]))
+
     def forward(
         self,
         x: torch.Tensor | None,
         img: torch.Tensor | None,
-        styles: tuple[torch.Tensor, ...],
+        styles: BlockStyles,
         noises: list[torch.Tensor | None],
+        next_style: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return activations [N, C, res, res] and image [N, img_channels, res, res] of those at half the size.
 
-        `styles` are one [N, w_dim] per convolution and one for toRGB, `noises` one [N or 1, 1, res, res] or None per
-        convolution.
+        Every layer multiplies its output by the style of the next one, `next_style` being that of the next block's
+        first. Where a residual connection reads x, x comes and goes without.
+
+        Args:
+            x, img: of the block before; None for the first.
+            styles: of this block.
+            noises: one [N or 1, 1, res, res] per convolution, or None.
+            next_style: [N, C], None behind the last block.
         """
-        if x is None:
-            x = self.const.expand(styles[0].shape[0], -1, -1, -1)
+        x = self.const * _per_channel(styles.layers[0]) if x is None else x
         x = to_channels_last(x, self.dtype)
-        shortcut = None if self.skip is None else self.skip(x)
-        for layer, style, noise in zip(self.layers(), styles, noises, strict=False):
-            x = layer(x, style, noise)
-        if shortcut is not None:
+        if self.skip is None:
+            x, rgb = self._convolve(x, styles, noises, next_style, styles.rgb_weight)
+        else:
+            shortcut = self.skip(x)
+            x, _ = self._convolve(x * _per_channel(styles.layers[0]).to(x.dtype), styles, noises, None, None)
             x = shortcut.add_(x)  # in place: nobody reads the shortcut again
+            rgb = None if styles.rgb_weight is None else per_pixel_dot(x, styles.rgb_weight)
         if img is not None:
             img = upsample2d(img, self.resample_filter)
-        if self.torgb is not None:
-            rgb = self.torgb(x, styles[-1])
+        if self.torgb is not None and rgb is not None:
+            rgb = self.torgb(rgb)
             img = rgb if img is None else img + rgb
         return x, img
+
+    def _convolve(
+        self,
+        x: torch.Tensor,
+        styles: BlockStyles,
+        noises: list[torch.Tensor | None],
+        next_style: torch.Tensor | None,
+        rgb_weight: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the convolutions on x, which comes with the first one's style."""
+        if not self.first:
+            x, _ = self.conv0(x, styles.layers[0], noises[0], styles.layers[1].style)
+        return self.conv1(x, styles.layers[-1], noises[-1], next_style, rgb_weight)
+
+
+def _per_channel(modulation: Modulation) -> torch.Tensor:
+    return modulation.style[:, :, None, None]
 
 
 class Discriminator(nn.Module):
@@ -314,13 +362,13 @@ class DiscriminatorBlock(nn.Module):
         gain = _RESIDUAL_GAIN if residual else 1
         self.conv1 = Conv2d(channels, below, 3, act="lrelu", down=2, gain=gain, conv_clamp=conv_clamp)
         self.skip = Conv2d(channels, below, 1, bias=False, down=2, gain=_RESIDUAL_GAIN) if residual else None
-        self.register_buffer("resample_filter", setup_filter(RESAMPLE_TAPS), persistent=False)
+        self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
     def forward(self, x: torch.Tensor | None, img: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return activations [N, C, res / 2, res / 2], and the image halved too where the next block reads it."""
         x = _add_rgb(x, img, self.fromrgb, self.dtype)
         shortcut = None if self.skip is None else self.skip(x)
-        x = self.conv1(self.conv0(x))
+        x = self.conv1(self.conv0(x, blur=self.conv1.resample_filter), blurred=True)
         if shortcut is not None:
             x = shortcut.add_(x)  # in place: nobody reads the shortcut again
         return x, downsample2d(img, self.resample_filter) if self.passes_image_on else img

@@ -260,7 +260,7 @@ def test_opcheck() -> None:
             torch.library.opcheck(torch.ops.stylepipe.bias_act.default, (layout, b, 1, act, 0.2, 1.4, 0.5))
             torch.library.opcheck(
                 torch.ops.stylepipe.bias_act_backward.default,
-                (torch.randn_like(layout), layout, b, 1, act, 0.2, 1.4, 0.5),
+                (torch.randn_like(layout), layout, b, 1, act, 0.2, 1.4, 0.5, True),
             )
 
 

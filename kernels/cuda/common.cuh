@@ -1,0 +1,175 @@
+// What every kernel shares: scalar types and their conversions, vectors of 16 bytes, activations.
+//
+// The sources include no header of CUDA, torch or the standard library, so that NVRTC compiles them with nothing but
+// itself. A unit is one .cu file compiled for one scalar type, -DSCALAR=float16|bfloat16|float32|float64. With
+// -DSTYLEPIPE_HOST a C++ compiler builds the same code for the CPU (host_shim.h), for tests.
+//
+// Shapes: N images, C channels, `pixels` = H * W. In the "rows" layout (channels_last) a row is one pixel's channels;
+// in the "planes" layout (contiguous) a plane is one channel's pixels.
+#pragma once
+
+#ifdef STYLEPIPE_HOST
+#include "host_shim.h"
+#else
+#define DEVICE __device__ __forceinline__
+#define SHARED __shared__
+#define UNROLL _Pragma("unroll")
+#define UNROLL_BY(times) _Pragma(STRING(unroll(times)))
+#define STRING(text) #text
+// KERNEL for kernels whose threads work alone, COOPERATIVE_KERNEL for those that meet at barriers.
+#define KERNEL(name, Params, max_threads) \
+    extern "C" __global__ void __launch_bounds__(max_threads) name(const __grid_constant__ Params p)
+#define COOPERATIVE_KERNEL KERNEL
+#endif
+
+using int64 = long long;
+
+// --- scalar types ---
+
+struct float16 { unsigned short bits; };
+struct bfloat16 { unsigned short bits; };
+using float32 = float;
+using float64 = double;
+
+// Arithmetic, sums and all small operands (scales, biases, noise) are in Real: float32, or float64 for float64.
+template <typename T> struct RealOf { using type = float; };
+template <> struct RealOf<double> { using type = double; };
+
+using Scalar = SCALAR;
+using Real = RealOf<Scalar>::type;
+
+#ifdef STYLEPIPE_HOST
+DEVICE float widen(float16 value) { return shim::float16_to_float(value.bits); }
+DEVICE void narrow(float value, float16& narrow) { narrow.bits = shim::float_to_float16(value); }
+DEVICE float widen(bfloat16 value) { return shim::float_of(std::uint32_t(value.bits) << 16); }
+DEVICE void narrow(float value, bfloat16& narrow) { narrow.bits = shim::float_to_bfloat16(value); }
+#else
+DEVICE float widen(float16 value) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+}
+
+DEVICE void narrow(float value, float16& narrow) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value)); }
+
+DEVICE float widen(bfloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+
+DEVICE void narrow(float value, bfloat16& narrow) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+#else
+    const unsigned bits = __float_as_uint(value);
+    // Round to nearest even; a NaN must not round to infinity.
+    narrow.bits = (value != value) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+#endif
+
+DEVICE float widen(float value) { return value; }
+DEVICE double widen(double value) { return value; }
+DEVICE void narrow(float value, float& narrow) { narrow = value; }
+DEVICE void narrow(double value, double& narrow) { narrow = value; }
+
+// --- vectors ---
+
+constexpr int VECTOR_BYTES = 16;
+constexpr int VECTOR = VECTOR_BYTES / sizeof(Scalar);
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vec {
+    T at[V];
+};
+
+#ifdef STYLEPIPE_HOST
+// Copied as bytes: a C++ compiler may assume that vectors and scalars never share memory.
+template <typename T> DEVICE T load_once(const void* from) {
+    T value;
+    std::memcpy(&value, __builtin_assume_aligned(from, alignof(T)), sizeof value);
+    return value;
+}
+template <typename T> DEVICE void store_once(void* to, const T& value) {
+    std::memcpy(__builtin_assume_aligned(to, alignof(T)), &value, sizeof value);
+}
+#else
+template <int bytes> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+// Through the read-only path: such a load may be moved ahead of stores, which keeps several in flight.
+template <typename T> DEVICE T load_once(const void* from) {
+    using W = typename Word<sizeof(T)>::type;
+    union { W word; T value; } both = {__ldg(static_cast<const W*>(from))};
+    return both.value;
+}
+template <typename T> DEVICE void store_once(void* to, const T& value) { *static_cast<T*>(to) = value; }
+#endif
+
+// Read V neighbours as Real; `from` is aligned to the vector.
+template <int V> DEVICE void load(const Scalar* from, Real (&to)[V]) {
+    const Vec<Scalar, V> raw = load_once<Vec<Scalar, V>>(from);
+    UNROLL for (int i = 0; i < V; i++) to[i] = widen(raw.at[i]);
+}
+
+template <int V> DEVICE void store(Scalar* to, const Real (&from)[V]) {
+    Vec<Scalar, V> raw;
+    UNROLL for (int i = 0; i < V; i++) narrow(from[i], raw.at[i]);
+    store_once(to, raw);
+}
+
+DEVICE int64 smaller(int64 a, int64 b) { return a < b ? a : b; }
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }
+
+// --- activations ---
+
+// In the order of ACTIVATIONS in kernels/_epilogue.py.
+enum Activation { LINEAR, RELU, LRELU, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH };
+
+constexpr double SELU_SCALE = 1.0507009873554804934193349852946;
+constexpr double SELU_ALPHA = 1.6732632423543772848170429916717;
+constexpr double SOFTPLUS_LINEAR = 20;  // from here on log(1 + exp(u)) is u in every type, as in torch
+
+DEVICE Real logistic(Real u) { return Real(1) / (Real(1) + exp(-u)); }
+
+// LINEAR (alpha 1), RELU (alpha 0) and LRELU are straight on both sides of 0; all others are curved.
+DEVICE bool is_curved(int act) { return act > LRELU; }
+
+DEVICE Real activate_curved(int act, Real u) {
+    switch (act) {
+        case TANH: return tanh(u);
+        case SIGMOID: return logistic(u);
+        case ELU: return u > 0 ? u : expm1(u);
+        case SELU: return Real(SELU_SCALE) * (u > 0 ? u : Real(SELU_ALPHA) * expm1(u));
+        case SOFTPLUS: return u > Real(SOFTPLUS_LINEAR) ? u : log1p(exp(u));
+        default: return u * logistic(u);  // SWISH
+    }
+}
+
+DEVICE Real slope_curved(int act, Real u) {
+    switch (act) {
+        case TANH: { const Real t = tanh(u); return 1 - t * t; }
+        case SIGMOID: { const Real s = logistic(u); return s * (1 - s); }
+        case ELU: return u > 0 ? Real(1) : exp(u);
+        case SELU: return Real(SELU_SCALE) * (u > 0 ? Real(1) : Real(SELU_ALPHA) * exp(u));
+        case SOFTPLUS: return logistic(u);
+        default: { const Real s = logistic(u); return s * (1 + u * (1 - s)); }  // SWISH
+    }
+}
+
+// act(u); NaN passes, and relu(-inf) is 0. Without MAY_CURVE the straight ones are all that is asked for.
+template <bool MAY_CURVE> DEVICE Real activate(int act, Real u, Real alpha) {
+    if (MAY_CURVE && is_curved(act)) return activate_curved(act, u);
+    const Real below = act == RELU ? Real(0) : alpha * u;
+    return u <= 0 ? below : u;
+}
+
+// act'(u)
+template <bool MAY_CURVE> DEVICE Real activation_slope(int act, Real u, Real alpha) {
+    if (MAY_CURVE && is_curved(act)) return slope_curved(act, u);
+    return u > 0 ? Real(1) : alpha;
+}
+
+// Limit the magnitude; NaN passes, as in torch.
+DEVICE Real limit(Real value, Real clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }

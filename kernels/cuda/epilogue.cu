@@ -1,0 +1,281 @@
+// The epilogue of a layer in one pass over the activation, forward and backward (channel.cuh says what it is). bias_act
+// is the case of a bias alone.
+//
+// A thread keeps a channel's operands in registers and walks along its pixels. Sums over pixels are made per block in a
+// fixed order and added up by the caller, so that the same input always gives the same bits.
+#include "epilogue_params.cuh"
+#include "sums.cuh"
+
+constexpr int IN_FLIGHT = 4;  // vectors that a thread loads before it uses the first
+
+// Straight activations get code of their own, without a branch at every element.
+#define BY_CURVATURE(body, ...)          \
+    if (is_curved(p.operands.act))       \
+        body<true, __VA_ARGS__>(p);      \
+    else                                 \
+        body<false, __VA_ARGS__>(p)
+
+// --- rows: x [N, pixels, C]; a block is blockDim.x vectors of V channels by blockDim.y pixels ---
+
+struct RowsPlace {
+    int64 image, first, last;  // pixels [first, last) of the image, of which this thread takes every blockDim.y-th
+    int chunk, channel;
+    bool active;
+
+    template <typename P> DEVICE RowsPlace(const P& p, int V) {
+        const int block = blockIdx.x / p.tiles;
+        image = block / p.chunks;
+        chunk = block % p.chunks;
+        const int64 start = int64(chunk) * p.pixels_per_block;
+        first = start + threadIdx.y;
+        last = smaller(start + p.pixels_per_block, p.pixels);
+        channel = (blockIdx.x % p.tiles * blockDim.x + threadIdx.x) * V;
+        active = channel < p.channels;
+    }
+};
+
+template <bool MAY_CURVE, int V> DEVICE void epilogue_rows(const EpilogueParams& p) {
+    const RowsPlace at(p, V);
+    if (!at.active) return;
+    Channels<V> channels;
+    channels.load(p.operands, at.image, p.channels, at.channel);
+    const Real strength = strength_of(p.operands);
+    const int64 base = at.image * p.pixels * p.channels + at.channel;
+    for (int64 pixel = at.first; pixel < at.last; pixel += IN_FLIGHT * blockDim.y) {
+        Real x[IN_FLIGHT][V], addend[IN_FLIGHT];
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 row = pixel + k * blockDim.y;
+            if (row < at.last) {
+                load<V>(p.x + base + row * p.channels, x[k]);
+                addend[k] = strength * noise_at(p.operands, at.image, row);
+            }
+        }
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 row = pixel + k * blockDim.y;
+            if (row >= at.last) continue;
+            forward<MAY_CURVE, V>(p.operands, channels, x[k], addend[k]);
+            multiply<V>(x[k], channels.next_scale);
+            store<V>(p.y + base + row * p.channels, x[k]);
+        }
+    }
+}
+
+KERNEL(epilogue_rows_vector, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_rows, VECTOR); }
+KERNEL(epilogue_rows_single, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_rows, 1); }
+
+template <int V, class P> DEVICE void load_rgb_weight(const P& p, const RowsPlace& at, Real (&weight)[RGB][V]) {
+    UNROLL for (int k = 0; k < RGB; k++) {
+        const Real* from = p.operands.rgb_weight + (at.image * RGB + k) * p.channels + at.channel;
+        UNROLL for (int i = 0; i < V; i++) weight[k][i] = from[i];
+    }
+}
+
+// With rgb beside it, for straight activations: one block holds all channels of its pixels, and adds up their shares in shared memory.
+COOPERATIVE_KERNEL(epilogue_rgb_rows_vector, EpilogueParams, THREADS) {
+    SHARED Real shares[IN_FLIGHT * RGB * (THREADS + THREADS / 2)];  // a row of blockDim.x + 1, against bank conflicts
+    const RowsPlace at(p, VECTOR);
+    Channels<VECTOR> channels;
+    channels.load(p.operands, at.image, p.channels, at.channel);
+    Real weight[RGB][VECTOR];
+    load_rgb_weight<VECTOR>(p, at, weight);
+    const Real strength = strength_of(p.operands);
+    const int64 base = at.image * p.pixels * p.channels + at.channel;
+    const int lanes = blockDim.x, pitch = lanes + 1, rows = blockDim.y;
+    for (int64 start = at.first - threadIdx.y; start < at.last; start += IN_FLIGHT * rows) {
+        Real x[IN_FLIGHT][VECTOR], addend[IN_FLIGHT];
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 row = start + threadIdx.y + k * rows;
+            if (row < at.last) {
+                load<VECTOR>(p.x + base + row * p.channels, x[k]);
+                addend[k] = strength * noise_at(p.operands, at.image, row);
+            }
+        }
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 row = start + threadIdx.y + k * rows;
+            if (row >= at.last) continue;
+            forward<false, VECTOR>(p.operands, channels, x[k], addend[k]);
+            UNROLL for (int j = 0; j < RGB; j++) {
+                Real share = 0;
+                UNROLL for (int i = 0; i < VECTOR; i++) share += x[k][i] * weight[j][i];
+                shares[((k * rows + threadIdx.y) * RGB + j) * pitch + threadIdx.x] = share;
+            }
+            multiply<VECTOR>(x[k], channels.next_scale);
+            store<VECTOR>(p.y + base + row * p.channels, x[k]);
+        }
+        __syncthreads();
+        // Shares lie in the order of the image's pixels: the sums are consecutive in rgb.
+        const int sums = int(smaller(at.last - start, int64(IN_FLIGHT) * rows)) * RGB;
+        for (int i = threadIdx.y * lanes + threadIdx.x; i < sums; i += lanes * rows) {
+            Real sum = 0;
+            for (int lane = 0; lane < lanes; lane++) sum += shares[i * pitch + lane];
+            p.rgb[(at.image * p.pixels + start) * RGB + i] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+// The same for a bias alone, from y: its sign tells that of x + bias.
+template <bool MAY_CURVE, int V>
+DEVICE void backward_by_output(const Operands& of, const Real (&y)[V], Real (&dy)[V], ChannelSums<V>& sums) {
+    UNROLL for (int i = 0; i < V; i++) {
+        dy[i] *= slope_of<MAY_CURVE>(of, y[i], y[i]);
+        sums.bias[i] += dy[i];
+    }
+}
+
+template <bool MAY_CURVE, int V, bool WITH_RGB> DEVICE void epilogue_backward_rows(const EpilogueBackwardParams& p) {
+    SHARED Real scratch[THREADS * V];
+    const RowsPlace at(p, V);
+    Channels<V> channels;
+    ChannelSums<V> sums;
+    Real weight[RGB][V] = {}, rgb_sums[RGB][V] = {};
+    if (at.active) {
+        channels.load(p.operands, at.image, p.channels, at.channel);
+        if (WITH_RGB) load_rgb_weight<V>(p, at, weight);
+        const Real strength = strength_of(p.operands);
+        const int64 base = at.image * p.pixels * p.channels + at.channel;
+        for (int64 pixel = at.first; pixel < at.last; pixel += blockDim.y) {
+            Real x[V], dy[V], dv[V] = {}, drgb[RGB] = {};
+            load<V>(p.ref + base + pixel * p.channels, x);
+            load<V>(p.dy + base + pixel * p.channels, dy);
+            if (p.ref_is_output) {
+                backward_by_output<MAY_CURVE, V>(p.operands, x, dy, sums);
+            } else {
+                if (WITH_RGB) {
+                    UNROLL for (int k = 0; k < RGB; k++) {
+                        drgb[k] = p.drgb[(at.image * p.pixels + pixel) * RGB + k];
+                        UNROLL for (int i = 0; i < V; i++) dv[i] += drgb[k] * weight[k][i];
+                    }
+                }
+                const Real noise = noise_at(p.operands, at.image, pixel);
+                backward<MAY_CURVE, V>(p.operands, channels, x, dy, noise, strength, dv, sums);
+                if (WITH_RGB) {
+                    UNROLL for (int k = 0; k < RGB; k++)
+                        UNROLL for (int i = 0; i < V; i++) rgb_sums[k][i] += drgb[k] * dv[i];
+                }
+            }
+            store<V>(p.dx + base + pixel * p.channels, dy);
+        }
+    }
+    const int64 block = at.image * p.chunks + at.chunk;
+    write_column_sums<V>(p.sums, sums, scratch, block * p.channels + at.channel, at.active);
+    if (WITH_RGB && p.sums.rgb_weight) {
+        UNROLL for (int k = 0; k < RGB; k++)
+            write_column_sums<V>(p.sums.rgb_weight + (block * RGB + k) * p.channels + at.channel, rgb_sums[k], scratch,
+                                 at.active);
+    }
+}
+
+COOPERATIVE_KERNEL(epilogue_backward_rows_vector, EpilogueBackwardParams, THREADS) {
+    BY_CURVATURE(epilogue_backward_rows, NARROW, false);
+}
+COOPERATIVE_KERNEL(epilogue_backward_rows_single, EpilogueBackwardParams, THREADS) {
+    BY_CURVATURE(epilogue_backward_rows, 1, false);
+}
+COOPERATIVE_KERNEL(epilogue_backward_rgb_rows_vector, EpilogueBackwardParams, THREADS) {
+    epilogue_backward_rows<false, NARROW, true>(p);
+}
+
+// --- planes: x [N, C, pixels]; a block is blockDim.x vectors of V pixels by blockDim.y planes ---
+
+struct PlanesPlace {
+    int64 plane, image, first, last;  // pixels [first, last) of the plane; this thread's vectors are blockDim.x apart
+    int chunk, channel;
+    bool active;
+
+    template <typename P> DEVICE PlanesPlace(const P& p, int V) {
+        chunk = blockIdx.x % p.chunks;
+        plane = int64(blockIdx.x / p.chunks) * blockDim.y + threadIdx.y;
+        active = plane < p.images * p.channels;
+        image = plane / p.channels;
+        channel = int(plane - image * p.channels);
+        const int64 start = int64(chunk) * p.pixels_per_block;
+        first = start + threadIdx.x * V;
+        last = smaller(start + p.pixels_per_block, p.pixels);
+    }
+};
+
+template <bool MAY_CURVE, int V> DEVICE void epilogue_planes(const EpilogueParams& p) {
+    const PlanesPlace at(p, V);
+    if (!at.active) return;
+    Channels<1> channel;
+    channel.load(p.operands, at.image, p.channels, at.channel);
+    const Real strength = strength_of(p.operands);
+    const int64 base = at.plane * p.pixels;
+    const int step = blockDim.x * V;
+    for (int64 start = at.first; start < at.last; start += IN_FLIGHT * step) {
+        Real x[IN_FLIGHT][V];
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 pixel = start + k * step;
+            if (pixel < at.last) load<V>(p.x + base + pixel, x[k]);
+        }
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
+            const int64 pixel = start + k * step;
+            if (pixel >= at.last) continue;
+            UNROLL for (int i = 0; i < V; i++) {
+                const Real addend = strength * noise_at(p.operands, at.image, pixel + i) + channel.bias[0];
+                x[k][i] = output_of<MAY_CURVE>(p.operands, x[k][i], channel.scale[0], addend) * channel.next_scale[0];
+            }
+            store<V>(p.y + base + pixel, x[k]);
+        }
+    }
+}
+
+KERNEL(epilogue_planes_vector, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_planes, VECTOR); }
+KERNEL(epilogue_planes_single, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_planes, 1); }
+
+// Add up `value` over a block's columns, a power of two, and let the first of them write each row's sum.
+DEVICE void write_row_sum(Real* to, Real value, Real* scratch, bool active) {
+    if (!to) return;
+    Real* row = scratch + threadIdx.y * blockDim.x;
+    row[threadIdx.x] = value;
+    __syncthreads();
+    for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) row[threadIdx.x] += row[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (active && threadIdx.x == 0) *to = row[0];
+    __syncthreads();
+}
+
+template <bool MAY_CURVE, int V> DEVICE void epilogue_backward_planes(const EpilogueBackwardParams& p) {
+    SHARED Real scratch[THREADS];
+    const PlanesPlace at(p, V);
+    ChannelSums<1> sums;
+    if (at.active) {
+        Channels<1> channel;
+        channel.load(p.operands, at.image, p.channels, at.channel);
+        const Real strength = strength_of(p.operands);
+        const int64 base = at.plane * p.pixels;
+        for (int64 pixel = at.first; pixel < at.last; pixel += blockDim.x * V) {
+            Real x[V], dy[V];
+            load<V>(p.ref + base + pixel, x);
+            load<V>(p.dy + base + pixel, dy);
+            UNROLL for (int i = 0; i < V; i++) {
+                Real dv[1] = {};
+                Real(&one_x)[1] = reinterpret_cast<Real(&)[1]>(x[i]);
+                Real(&one_dy)[1] = reinterpret_cast<Real(&)[1]>(dy[i]);
+                if (p.ref_is_output) {
+                    backward_by_output<MAY_CURVE, 1>(p.operands, one_x, one_dy, sums);
+                } else {
+                    const Real noise = noise_at(p.operands, at.image, pixel + i);
+                    backward<MAY_CURVE, 1>(p.operands, channel, one_x, one_dy, noise, strength, dv, sums);
+                }
+            }
+            store<V>(p.dx + base + pixel, dy);
+        }
+    }
+    const int64 index = at.plane * p.chunks + at.chunk;
+    write_row_sum(p.sums.scale ? p.sums.scale + index : nullptr, sums.scale[0], scratch, at.active);
+    write_row_sum(p.sums.bias ? p.sums.bias + index : nullptr, sums.bias[0], scratch, at.active);
+    write_row_sum(p.sums.next_scale ? p.sums.next_scale + index : nullptr, sums.next_scale[0], scratch, at.active);
+    write_row_sum(p.sums.noise_strength ? p.sums.noise_strength + index : nullptr, sums.noise_strength[0], scratch,
+                  at.active);
+}
+
+COOPERATIVE_KERNEL(epilogue_backward_planes_vector, EpilogueBackwardParams, THREADS) {
+    BY_CURVATURE(epilogue_backward_planes, VECTOR);
+}
+COOPERATIVE_KERNEL(epilogue_backward_planes_single, EpilogueBackwardParams, THREADS) {
+    BY_CURVATURE(epilogue_backward_planes, 1);
+}

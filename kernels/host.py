@@ -1,0 +1,56 @@
+"""Launching kernels that were compiled for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+_Dim3 = ctypes.c_uint * 3
+
+
+class SharedObject:
+    """A shared object of kernels: `void name(const unsigned grid[3], const unsigned block[3], const void* params)`.
+
+    Args:
+        path: the file.
+        native: it holds CPU kernels (gxx.native()), whose blocks are one thread; else those of a GPU (gxx.host_shim()).
+
+    Raises:
+        OSError: the file cannot be loaded.
+    """
+
+    def __init__(self, path: Path, *, native: bool = False) -> None:
+        self.path = path
+        self.vector_bytes, self.threads = (1, 1) if native else (16, 256)  # the latter as in cuda/common.cuh
+        self._library = ctypes.CDLL(str(path))
+        self._kernels: dict[str, Any] = {}
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        params: ctypes.Structure,
+        stream: int = 0,
+    ) -> None:
+        """Run all blocks of a kernel and return when they are done; `stream` means nothing here."""
+        function = self._kernels.get(kernel)
+        if function is None:
+            function = self._look_up(kernel, params)
+        function(_Dim3(*grid), _Dim3(*block), ctypes.addressof(params))
+
+    def _look_up(self, kernel: str, params: ctypes.Structure) -> Any:
+        try:
+            function = getattr(self._library, kernel)
+        except AttributeError as error:
+            raise RuntimeError(f"{self.path}: no kernel {kernel}") from error
+        size = getattr(self._library, f"{kernel}_params_bytes", None)
+        if size is not None and size() != ctypes.sizeof(params):
+            raise RuntimeError(
+                f"{self.path}: kernel {kernel} takes {size()} bytes of parameters, {type(params).__name__} has "
+                f"{ctypes.sizeof(params)}"
+            )
+        function.argtypes, function.restype = [_Dim3, _Dim3, ctypes.c_void_p], None
+        self._kernels[kernel] = function
+        return function

@@ -1,0 +1,368 @@
+"""The epilogue of a synthesis layer in one op: demodulation, noise, bias, activation, and what the next layers need.
+
+Karras et al. 2020, arXiv:1912.04958, section 2.2: of x, a convolution's output,
+
+    u = x * scale + noise_strength * noise + bias,   v = clamp(gain * act(u)),   y = v * next_scale.
+
+Widened at both ends, so that no activation makes a trip of its own through memory: x may first pass a FIR filter (that
+of an up-convolution), and v may be weighted to colours beside (toRGB).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stylepipe.kernels._epilogue import Operands, makes_rgb, run_backward, run_forward, view_of
+from stylepipe.kernels._fir import Geometry, fits_fused, run_fir_epilogue, run_fir_epilogue_backward
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
+from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, keeps_sign
+from stylepipe.kernels.native import Library
+from stylepipe.kernels.upfirdn2d import upfirdn2d
+
+
+def styled_act(
+    x: Tensor,
+    scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+    next_scale: Tensor | None = None,
+    *,
+    rgb_weight: Tensor | None = None,
+    f: Tensor | None = None,
+    padding: int = 0,
+    filter_gain: float = 1,
+) -> tuple[Tensor, Tensor | None]:
+    """Return y and rgb (None without `rgb_weight`), differentiable any number of times.
+
+    Args:
+        x: [N, C, H, W], any floating type; contiguous or channels_last. The arithmetic is in float32 (float64 for
+            float64) wherever compiled kernels run, and the small operands stay in that type; autocast changes nothing.
+        scale: [N, C], the demodulation, times whatever joins it.
+        noise: [N or 1, 1, H', W'], with the scalar `noise_strength` [].
+        bias: [C].
+        act, gain, clamp: as bias_act has them.
+        next_scale: [N, C], the next layer's modulation.
+        rgb_weight: [N, K, C]: rgb is the sum over channels of v * rgb_weight; K = 3 is joined to the pass.
+        f, padding, filter_gain: x is first filtered by upfirdn2d(x, f, padding=padding, gain=filter_gain).
+
+    Returns:
+        y [N, C, H', W'] of x's type and in its memory format; rgb [N, K, H', W'] float32 (float64 for float64),
+        channels_last. H' and W' are those behind the filter.
+    """
+    if (noise is None) != (noise_strength is None):
+        raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
+    options = _Options(
+        padding, float(filter_gain), act, activation_alpha(act), float(activation_gain(act) if gain is None else gain),
+        None if clamp is None else float(clamp),
+    )  # fmt: skip
+    tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, rgb_weight, f)
+    kernels = None if torch.compiler.is_compiling() else compiled("epilogue", x, act)
+    if kernels is None:  # a compiler joins the parts itself
+        return _composed(tensors, options)
+    straight = act in STRAIGHT
+    if f is not None and not (straight and _filters(x, f, options) and rgb_weight is None):
+        tensors = tensors._replace(x=_filtered(tensors, options), f=None)
+    if rgb_weight is not None and not (straight and makes_rgb(kernels, tensors.x, rgb_weight)):
+        v, _ = torch.ops.stylepipe.styled_act(*tensors._replace(next_scale=None, rgb_weight=None), *options)
+        return _modulated(v, next_scale), per_pixel_dot(v, rgb_weight)
+    y, rgb = torch.ops.stylepipe.styled_act(*tensors, *options)
+    return y, None if rgb_weight is None else rgb
+
+
+def per_pixel_dot(v: Tensor, weight: Tensor) -> Tensor:
+    """Return [N, K, H, W], channels_last: v [N, C, H, W] weighted by [N, K, C] and summed, in the weight's type."""
+    pixels = v.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, C], a view where channels_last
+    return (pixels @ weight.transpose(1, 2)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
+
+
+class _Tensors(NamedTuple):
+    x: Tensor
+    scale: Tensor | None
+    noise: Tensor | None
+    noise_strength: Tensor | None
+    bias: Tensor | None
+    next_scale: Tensor | None
+    rgb_weight: Tensor | None
+    f: Tensor | None
+
+
+class _Options(NamedTuple):
+    padding: int
+    filter_gain: float
+    act: str
+    alpha: float
+    gain: float
+    clamp: float | None
+
+    def activation(self) -> dict[str, Any]:
+        return {"act": self.act, "alpha": self.alpha, "gain": self.gain, "clamp": self.clamp}
+
+
+# --- composed of other ops ---
+
+
+def _composed(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
+    z = _filtered(of, options)
+    v = bias_act(_styled(z, of), of.bias, **options.activation())
+    return _modulated(v, of.next_scale), None if of.rgb_weight is None else per_pixel_dot(v, of.rgb_weight)
+
+
+def _filtered(of: _Tensors, options: _Options) -> Tensor:
+    if of.f is None:
+        return of.x
+    return upfirdn2d(of.x, of.f, padding=options.padding, gain=options.filter_gain)
+
+
+def _styled(z: Tensor, of: _Tensors) -> Tensor:
+    """Return z * scale + noise * noise_strength."""
+    addend = None
+    if of.noise is not None and of.noise_strength is not None:
+        addend = (of.noise * of.noise_strength).to(z.dtype)
+    if of.scale is None:
+        return z if addend is None else z + addend
+    z = _modulated(z, of.scale)
+    return z if addend is None else z.add_(addend)
+
+
+def _modulated(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale.to(x.dtype)[:, :, None, None]
+
+
+def _gradient(dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options) -> tuple[Tensor | None, ...]:
+    """Return the gradients by all of _Tensors but f, made of differentiable ops."""
+    z = _filtered(of, options)
+    zs = _styled(z, of)
+    v = bias_act(zs, of.bias, **options.activation())
+    dv = _modulated(dy, of.next_scale)
+    drgb_weight = None
+    if drgb is not None and of.rgb_weight is not None:
+        pixels = drgb.permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, 3]
+        dv = dv + (pixels @ of.rgb_weight).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2).to(v.dtype)
+        drgb_weight = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+    act = (options.act, options.alpha, options.gain, options.clamp)
+    ref = v if keeps_sign(*act[:3]) else zs
+    with_bias = of.bias is not None
+    du, dbias = torch.ops.stylepipe.bias_act_backward(dv, ref, of.bias, 1, *act, with_bias)
+    dz = _modulated(du, of.scale)
+    dx = dz if of.f is None else _transposed_filter(dz, of, options)
+    dnoise = dstrength = None
+    if of.noise is not None and of.noise_strength is not None:
+        per_pixel = du.to(of.noise.dtype).sum(1, keepdim=True)
+        dnoise = (per_pixel * of.noise_strength).sum_to_size(of.noise.shape)
+        dstrength = (per_pixel * of.noise).sum()
+    return (
+        dx,
+        None if of.scale is None else (du * z).to(of.scale.dtype).sum((2, 3)),
+        dnoise,
+        dstrength,
+        dbias if with_bias else None,
+        None if of.next_scale is None else (dy * v).to(of.next_scale.dtype).sum((2, 3)),
+        drgb_weight,
+    )
+
+
+def _transposed_filter(dz: Tensor, of: _Tensors, options: _Options) -> Tensor:
+    assert of.f is not None
+    before = of.f.shape[-1] - 1 - options.padding
+    return upfirdn2d(dz, of.f, padding=before, flip_filter=True, gain=options.filter_gain)
+
+
+# --- the op ---
+
+_ARGUMENTS = (
+    "Tensor x, Tensor? scale, Tensor? noise, Tensor? noise_strength, Tensor? bias, Tensor? next_scale,"
+    " Tensor? rgb_weight, Tensor? f, int padding, float filter_gain, str act, float alpha, float gain, float? clamp"
+)
+LIBRARY.define(f"styled_act({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(
+    f"styled_act_backward(Tensor? dy, Tensor? drgb, {_ARGUMENTS}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+_N_TENSORS = len(_Tensors._fields)
+_DIFFERENTIABLE = _N_TENSORS - 1  # f is a constant
+
+
+@torch.library.impl(LIBRARY, "styled_act", ANY_DEVICE)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    of, options = _split(arguments)
+    kernels = compiled("epilogue", of.x, options.act) if of.x.numel() else None
+    if kernels is None:
+        y, rgb = _composed(of, options)
+    else:
+        of = of._replace(x=of.x.contiguous(memory_format=memory_format_of(of.x)))
+        if of.f is None:
+            y, rgb = run_forward(kernels, of.x, view_of(of.x), _operands(of, options))
+            rgb = None if rgb is None else rgb.unflatten(1, y.shape[2:]).permute(0, 3, 1, 2)
+        else:
+            y, rgb = run_fir_epilogue(_fused(of.x), of.x, of.f, _geometry(of, options), _operands(of, options)), None
+    return y, of.x.new_empty(0) if rgb is None else rgb
+
+
+@torch.library.register_fake("stylepipe::styled_act", lib=LIBRARY)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    of, options = _split(arguments)
+    n, c, h, w = of.x.shape
+    if of.f is not None:
+        grown = 2 * options.padding + 1 - of.f.shape[0]
+        h, w = h + grown, w + grown
+    y = torch.empty((n, c, h, w), dtype=of.x.dtype, device=of.x.device, memory_format=memory_format_of(of.x))
+    if of.rgb_weight is None:
+        return y, of.x.new_empty(0)
+    return y, of.rgb_weight.new_empty(n, h, w, of.rgb_weight.shape[1]).permute(0, 3, 1, 2)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:_N_TENSORS])
+    ctx.options = inputs[_N_TENSORS:]
+    ctx.set_materialize_grads(False)
+
+
+def _forward_autograd(ctx: Any, dy: Tensor | None, drgb: Tensor | None) -> tuple[Any, ...]:
+    of = _Tensors(*ctx.saved_tensors)
+    wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    if of.rgb_weight is None:
+        drgb = None
+    gradients = torch.ops.stylepipe.styled_act_backward(dy, drgb, *of, *ctx.options, wanted)
+    asked = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return *asked, *[None] * (1 + len(ctx.options))
+
+
+torch.library.register_autograd("stylepipe::styled_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
+
+
+@torch.library.impl(LIBRARY, "styled_act_backward", ANY_DEVICE)
+def _backward(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *arguments_of_forward, wanted = arguments
+    of, options = _split(tuple(arguments_of_forward))
+    if dy is None:
+        dy = torch.zeros_like(_filtered(of, options))
+    dy = dy.contiguous(memory_format=memory_format_of(of.x))
+    kernels = compiled("epilogue", of.x, options.act) if of.x.numel() else None
+    if kernels is None or wanted[_Tensors._fields.index("noise")]:  # no kernel adds up over channels
+        gradients: tuple[Tensor | None, ...] = _gradient(dy, drgb, of, options)
+    else:
+        names = {name for name, want in zip(_Tensors._fields, wanted, strict=False) if want}
+        names -= {"rgb_weight"} if drgb is None else set()
+        gradients = _run_backward(kernels, dy, drgb, of, options, names)
+    found = []
+    for gradient, tensor, want in zip(gradients, of, wanted, strict=False):
+        if not want or tensor is None:
+            found.append(dy.new_empty(0))
+        else:
+            found.append(torch.zeros_like(tensor) if gradient is None else gradient)
+    return tuple(found)
+
+
+def _run_backward(
+    kernels: Library, dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, names: set[str]
+) -> tuple[Tensor | None, ...]:
+    x = of.x.contiguous(memory_format=memory_format_of(of.x))
+    if of.f is not None:
+        geometry = _geometry(of, options)
+        dz, sums = run_fir_epilogue_backward(_fused(x), dy, x, of.f, geometry, _operands(of, options), names)
+        dx = _transposed_filter(dz, of, options)
+    else:
+        if drgb is not None:
+            drgb = drgb.permute(0, 2, 3, 1).contiguous()  # as it lies, where channels_last
+        dx, sums = run_backward(kernels, dy, x, view_of(x), _operands(of, options), names, drgb=drgb)
+    sums = {
+        "scale": sums.get("scale"),
+        "noise_strength": sums["noise_strength"].sum() if "noise_strength" in sums else None,
+        "bias": sums["bias"].sum(0) if "bias" in sums else None,
+        "next_scale": sums.get("next_scale"),
+        "rgb_weight": sums.get("rgb_weight"),
+    }
+    by_name = {"x": dx, "noise": None, **sums}
+    gradients = []
+    for name in _Tensors._fields[:_DIFFERENTIABLE]:
+        gradient, like = by_name[name], getattr(of, name)
+        gradients.append(None if gradient is None or like is None else gradient.to(like.dtype))
+    return tuple(gradients)
+
+
+@torch.library.register_fake("stylepipe::styled_act_backward", lib=LIBRARY)
+def _backward_fake(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, wanted = *arguments[:_DIFFERENTIABLE], arguments[-1]
+    x = tensors[0]
+    return tuple(
+        torch.empty_like(tensor, memory_format=memory_format_of(tensor) if tensor is x else torch.contiguous_format)
+        if want and tensor is not None
+        else x.new_empty(0)
+        for tensor, want in zip(tensors, wanted, strict=True)
+    )
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[: 2 + _N_TENSORS])
+    *ctx.options, ctx.wanted = inputs[2 + _N_TENSORS :]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    """Differentiate _gradient."""
+    create_graph = torch.is_grad_enabled()
+    saved = ctx.saved_tensors
+    needed = [need and tensor is not None for tensor, need in zip(saved, ctx.needs_input_grad, strict=False)]
+    with torch.enable_grad():
+        # By aliases: what one saved tensor owes to another is not to be counted here.
+        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in saved]
+        dy, drgb, *tensors = aliases
+        of, options = _Tensors(*tensors), _Options(*ctx.options)
+        outputs = _gradient(torch.zeros_like(_filtered(of, options)) if dy is None else dy, drgb, of, options)
+        reached = [
+            (output, cotangent)
+            for output, cotangent, want in zip(outputs, cotangents, ctx.wanted, strict=True)
+            if want and output is not None and cotangent is not None and output.requires_grad
+        ]
+        found: tuple[Tensor | None, ...] = (None,) * sum(needed)
+        if reached:
+            inputs = [alias for alias, need in zip(aliases, needed, strict=True) if need]
+            found = torch.autograd.grad(
+                [output for output, _ in reached], inputs, [cotangent for _, cotangent in reached],
+                create_graph=create_graph, allow_unused=True,
+            )  # fmt: skip
+    given = iter(found)
+    return *(next(given) if need else None for need in needed), *[None] * (len(ctx.options) + 1)
+
+
+torch.library.register_autograd(
+    "stylepipe::styled_act_backward", _backward_autograd, setup_context=_backward_setup, lib=LIBRARY
+)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[_Tensors, _Options]:
+    return _Tensors(*arguments[:_N_TENSORS]), _Options(*arguments[_N_TENSORS:])
+
+
+def _operands(of: _Tensors, options: _Options) -> Operands:
+    noise = None if of.noise is None else of.noise.flatten(1)
+    small = {"scale": of.scale, "bias": of.bias, "next_scale": of.next_scale, "rgb_weight": of.rgb_weight}
+    return Operands(noise=noise, noise_strength=of.noise_strength, **small, **options.activation())
+
+
+def _geometry(of: _Tensors, options: _Options) -> Geometry:
+    assert of.f is not None
+    p = options.padding
+    height, width = (size + 2 * p + 1 - of.f.numel() for size in of.x.shape[2:])
+    return Geometry((1, 1), (1, 1), (p, p, p, p), False, options.filter_gain, height, width)
+
+
+def _filters(x: Tensor, f: Tensor, options: _Options) -> bool:
+    """Tell whether a fused kernel filters x."""
+    kernels = compiled("fused_fir", x)
+    return kernels is not None and fits_fused(kernels, x, f) and min(x.shape[2:]) + 2 * options.padding >= f.numel()
+
+
+def _fused(x: Tensor) -> Library:
+    kernels = compiled("fused_fir", x)
+    assert kernels is not None
+    return kernels

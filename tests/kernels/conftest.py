@@ -1,0 +1,69 @@
+"""What the tests of compiled kernels share: a cache of their own, and a small kernel in every form."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stylepipe.kernels import build, cache, gxx, native
+
+SCALE_CU = """
+#include "common.cuh"
+struct ScaleParams { const Scalar* x; Scalar* y; int64 count; float gain; };
+KERNEL(scale, ScaleParams, 64) {
+    const int64 i = int64(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < p.count) narrow(Real(p.gain) * widen(p.x[i]), p.y[i]);
+}
+"""
+
+
+class ScaleParams(ctypes.Structure):
+    """The parameters of the kernel `scale`: y = gain * x."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("count", ctypes.c_longlong),
+        ("gain", ctypes.c_float),
+    )
+
+
+@pytest.fixture
+def scale_params() -> type[ScaleParams]:
+    """Give the parameters of the kernel `scale`."""
+    return ScaleParams
+
+
+@pytest.fixture
+def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give an empty cache folder, and forget what was chosen and warned of before and after."""
+    folder = tmp_path / "kernel-cache"
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(folder))
+    monkeypatch.setattr(cache, "_warned", set())
+    native.forget()
+    yield folder
+    native.forget()
+
+
+@pytest.fixture
+def cxx() -> tuple[str, ...]:
+    """Give the command of the C++ compiler, or skip."""
+    try:
+        return gxx.host_shim().command
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def sources(tmp_path: Path, cxx: tuple[str, ...]) -> Path:
+    """Give a folder with the source of the kernel `scale`, and our own headers beside it."""
+    folder = tmp_path / "cuda"
+    folder.mkdir()
+    for header in ("common.cuh", "host_shim.h"):
+        shutil.copy(build.CUDA_SOURCES / header, folder)
+    (folder / "scale.cu").write_text(SCALE_CU)
+    return folder
