@@ -9,7 +9,7 @@ from stylepipe.kernels.act_fir import act_fir
 from stylepipe.kernels.bias_act import activation_gain, bias_act
 from stylepipe.kernels.conv2d import conv2d
 from stylepipe.kernels.filters import downsample2d, filter2d, setup_filter, upsample2d
-from stylepipe.kernels.styled_act import per_pixel_dot, styled_act
+from stylepipe.kernels.styled_act import per_pixel_dot, styled_act, styled_act_rgb
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "per_pixel_dot",
     "setup_filter",
     "styled_act",
+    "styled_act_rgb",
     "upfirdn2d",
     "upsample2d",
 ]

@@ -5,66 +5,20 @@ How it is cut depends on sizes alone, never on the device, so that sums are made
 
 from __future__ import annotations
 
-import ctypes
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stylepipe.kernels._library import memory_format_of
+from stylepipe.kernels._operands import RGB, SUMS, Operands, pack, pointer, real_of, structures
 from stylepipe.kernels.native import Library, stream_of
-
-ACTIVATIONS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish")
-"""In the order of the enum in cuda/common.cuh."""
-
-RGB = 3
-"""Colours that the kernels make beside an activation, as in cuda/channel.cuh."""
-
-SUMS = ("scale", "bias", "next_scale", "noise_strength", "rgb_weight")
-"""The operands whose gradients are sums over pixels."""
 
 _IN_FLIGHT = 4  # as in cuda/epilogue.cu
 _BLOCKS_WANTED = 2048  # enough to fill any GPU
 _MOST_ROUNDS = 8  # of _IN_FLIGHT vectors, before a thread has done enough
 _PIXELS_ON_CPU = (16, 256)  # the fewest and the most that a block holds, with all their channels
-
-
-class Operands(NamedTuple):
-    """What an epilogue joins to an activation of N images, C channels and P pixels; None where absent.
-
-    Attributes:
-        scale, next_scale: [N, C].
-        bias: [C].
-        noise: [N or 1, P], the pixels of an image next to one another.
-        noise_strength: [].
-        rgb_weight: [N, RGB, C].
-    """
-
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    next_scale: Tensor | None = None
-    noise: Tensor | None = None
-    noise_strength: Tensor | None = None
-    rgb_weight: Tensor | None = None
-    act: str = "linear"
-    alpha: float = 0
-    gain: float = 1
-    clamp: float | None = None
-
-    def prepared(self, dtype: torch.dtype) -> Operands:
-        """Return them as kernels for activations of this type read them."""
-        real = real_of(dtype)
-
-        def packed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(real).contiguous()
-
-        noise = None if self.noise is None else self.noise.to(real)
-        if noise is not None and noise.stride(1) != 1:
-            noise = noise.contiguous()
-        small = {name: packed(getattr(self, name)) for name in SUMS}
-        return self._replace(noise=noise, **small)
 
 
 class View(NamedTuple):
@@ -81,16 +35,6 @@ class Backward(NamedTuple):
 
     dx: Tensor
     sums: dict[str, Tensor]
-
-
-def slope_below(act: str, alpha: float) -> float:
-    """Return the slope below 0 of a straight activation."""
-    return {"linear": 1.0, "relu": 0.0}.get(act, alpha)
-
-
-def real_of(dtype: torch.dtype) -> torch.dtype:
-    """Return the type that kernels compute in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def view_of(x: Tensor) -> View:
@@ -119,7 +63,7 @@ def makes_rgb(library: Library, x: Tensor, rgb_weight: Tensor) -> bool:
     if library.threads == 1:
         return True
     vectors, rest = divmod(x.shape[1], _lanes(library, x.dtype))
-    fits = rest == 0 and 1 < vectors and x.shape[1] // narrow_lanes(library, x.dtype) <= library.threads
+    fits = rest == 0 and vectors > 1 and x.shape[1] // narrow_lanes(library, x.dtype) <= library.threads
     return fits and x.data_ptr() % library.vector_bytes == 0
 
 
@@ -132,8 +76,8 @@ def run_forward(library: Library, x: Tensor, view: View, operands: Operands) -> 
     if x.numel() == 0:
         return y, rgb
     work = _Work.of(library, view, (x, y), _lanes(library, x.dtype), sums=False)
-    params = _structures(real_of(x.dtype)).forward(
-        x.data_ptr(), y.data_ptr(), _pointer(rgb), _operands(operands, x.dtype), *work.place(view)
+    params = structures(real_of(x.dtype)).forward(
+        x.data_ptr(), y.data_ptr(), pointer(rgb), pack(operands, x.dtype), *work.place(view)
     )  # fmt: skip
     kernel = f"epilogue_{'rgb_' if with_rgb else ''}{work.name}"
     library.launch(kernel, work.grid, work.block, params, stream_of(x.device))
@@ -162,6 +106,10 @@ def run_backward(
         drgb: [N, P, RGB], the gradient by rgb.
     """
     operands = operands.prepared(ref.dtype)
+    if ref_is_output and operands.clamp is not None:  # y was limited, then rounded: the limit is the rounded one
+        operands = operands._replace(clamp=torch.tensor(operands.clamp, dtype=ref.dtype).item())
+    if drgb is not None:  # by vectors only
+        dy = aligned(library, dy)
     real = real_of(ref.dtype)
     dx = torch.empty_like(ref)
     lanes = narrow_lanes(library, ref.dtype) if view.rows else _lanes(library, ref.dtype)
@@ -169,9 +117,9 @@ def run_backward(
     shapes = {name: work.partial_shape(view, name) for name in SUMS if name in wanted}
     partial = {name: torch.empty(shape, dtype=real, device=ref.device) for name, shape in shapes.items()}
     if ref.numel() > 0:
-        params = _structures(real).backward(
-            dy.data_ptr(), ref.data_ptr(), dx.data_ptr(), _pointer(drgb), _operands(operands, ref.dtype),
-            _structures(real).sums(*(_pointer(partial.get(name)) for name in SUMS)),
+        params = structures(real).backward(
+            dy.data_ptr(), ref.data_ptr(), dx.data_ptr(), pointer(drgb), pack(operands, ref.dtype),
+            structures(real).sums(*(pointer(partial.get(name)) for name in SUMS)),
             *work.place(view), ref_is_output,
         )  # fmt: skip
         kernel = f"epilogue_backward_{'rgb_' if drgb is not None else ''}{work.name}"
@@ -240,6 +188,11 @@ def _chunks(pixels: int, at_once: int, blocks: int) -> tuple[int, int]:
     return per_block, -(-pixels // per_block)
 
 
+def aligned(library: Library, tensor: Tensor) -> Tensor:
+    """Return the tensor, copied if its vectors do not lie at multiples of their size, as in some views."""
+    return tensor if tensor.data_ptr() % library.vector_bytes == 0 else tensor.clone()
+
+
 def narrow_lanes(library: Library, dtype: torch.dtype) -> int:
     """Return the width of vectors in kernels that keep sums, NARROW in cuda/sums.cuh."""
     return _lanes(library, dtype) if library.threads == 1 else min(4, _lanes(library, dtype))
@@ -247,54 +200,3 @@ def narrow_lanes(library: Library, dtype: torch.dtype) -> int:
 
 def _lanes(library: Library, dtype: torch.dtype) -> int:
     return max(1, library.vector_bytes // dtype.itemsize)
-
-
-class _Structures(NamedTuple):
-    operands: type[ctypes.Structure]
-    sums: type[ctypes.Structure]
-    forward: type[ctypes.Structure]
-    backward: type[ctypes.Structure]
-
-
-def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    """Return the ctypes form of a struct of the source."""
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-@cache
-def _structures(real: torch.dtype) -> _Structures:
-    """Return the structs of cuda/channel.cuh and cuda/epilogue.cu, field by field."""
-    pointer, int64, number = ctypes.c_void_p, ctypes.c_int64, real_number(real)
-    operands = structure(
-        "Operands",
-        **dict.fromkeys(("scale", "bias", "next_scale", "noise", "noise_strength", "rgb_weight"), pointer),
-        noise_stride=int64, alpha=number, gain=number, clamp=number, act=ctypes.c_int,
-    )  # fmt: skip
-    sums = structure("Sums", **dict.fromkeys(SUMS, pointer))
-    place = {"images": int64, "pixels": int64, **dict.fromkeys(("channels", "tiles", "chunks", "pixels_per_block"), ctypes.c_int)}
-    forward = structure("EpilogueParams", x=pointer, y=pointer, rgb=pointer, operands=operands, **place)
-    backward = structure(
-        "EpilogueBackwardParams",
-        dy=pointer, ref=pointer, dx=pointer, drgb=pointer, operands=operands, sums=sums, **place,
-        ref_is_output=ctypes.c_int,
-    )  # fmt: skip
-    return _Structures(operands, sums, forward, backward)
-
-
-def real_number(real: torch.dtype) -> Any:
-    """Return the ctypes form of `Real`."""
-    return ctypes.c_double if real == torch.float64 else ctypes.c_float
-
-
-def _operands(of: Operands, dtype: torch.dtype) -> ctypes.Structure:
-    shared = of.noise is None or of.noise.shape[0] == 1
-    return _structures(real_of(dtype)).operands(
-        _pointer(of.scale), _pointer(of.bias), _pointer(of.next_scale), _pointer(of.noise),
-        _pointer(of.noise_strength), _pointer(of.rgb_weight),
-        0 if shared or of.noise is None else of.noise.stride(0), slope_below(of.act, of.alpha), of.gain,
-        math.nan if of.clamp is None else of.clamp, ACTIVATIONS.index(of.act),
-    )  # fmt: skip
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -1,27 +1,18 @@
-"""Running the compiled FIR kernels (cuda/upfirdn2d.cu, cuda/fused_fir.cu): which one fits, its parameters and blocks."""
+"""Running the compiled FIR kernels (cuda/upfirdn2d.cu, cuda/fused_fir.cu): which one fits, parameters and blocks."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._epilogue import (
-    SUMS,
-    Backward,
-    Operands,
-    _operands,
-    _pointer,
-    _structures,
-    narrow_lanes,
-    real_number,
-    real_of,
-    structure,
-)
+from stylepipe.kernels._epilogue import Backward, aligned, narrow_lanes
 from stylepipe.kernels._library import memory_format_of
+from stylepipe.kernels._operands import SUMS, Operands, pack, pointer, real_number, real_of, structure, structures
 from stylepipe.kernels.native import Library, stream_of
 
 FUSED_TAPS = 4
@@ -36,7 +27,7 @@ _TILE_HEIGHT = 16
 
 
 class Geometry(NamedTuple):
-    """What defines an upfirdn2d beside its tensors: (x, y) factors, (x0, x1, y0, y1) padding, output (height, width)."""
+    """What defines an upfirdn2d beside its tensors: (x, y) factors, (x0, x1, y0, y1) padding, the output's size."""
 
     up: tuple[int, int]
     down: tuple[int, int]
@@ -97,7 +88,9 @@ def run_fir_epilogue_backward(
     return Backward(dz, sums)
 
 
-def run_act_fir(library: Library, x: Tensor, f: Tensor, geometry: Geometry, operands: Operands) -> tuple[Tensor, Tensor]:
+def run_act_fir(
+    library: Library, x: Tensor, f: Tensor, geometry: Geometry, operands: Operands
+) -> tuple[Tensor, Tensor]:
     """Return FIR(act(x + b)) and the codes [N, H, W, C / 4] uint8 of what the gradient needs of the activation."""
     y = _empty_rows(x, geometry)
     n, c, h, w = x.shape
@@ -146,7 +139,7 @@ class _Rows(NamedTuple):
 def _cut(library: Library, x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, lanes: int) -> _Rows:
     """Cut into strips of rows, and blocks of channels by pairs of columns."""
     n, c, h, w = x.shape
-    up, down, (x0, _, y0, _) = geometry.up[0], geometry.down[0], geometry.padding
+    up, (x0, _, y0, _) = geometry.up[0], geometry.padding
     first_x, pairs = _pairs(x0, geometry.out_w, up)
     # Lines are output rows, or with up = 2 pairs of them, as the columns always go in pairs.
     first_y, lines = _pairs(y0, geometry.out_h, up) if up == 2 else (0, geometry.out_h)
@@ -189,11 +182,12 @@ def _run_fused(
     f: Tensor,
     geometry: Geometry,
     operands: Operands,
-    wanted: set[str] = frozenset(),  # type: ignore[assignment]
+    wanted: Collection[str] = (),
     dy: Tensor | None = None,
     codes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Run a kernel of cuda/fused_fir.cu and return the sums wanted, [N, C] each."""
+    x, dy = aligned(library, x), None if dy is None else aligned(library, dy)
     real = real_of(x.dtype)
     f = f.to(dtype=real, device=x.device).contiguous()
     operands = operands.prepared(x.dtype)
@@ -205,8 +199,8 @@ def _run_fused(
     shape = (n, grid[1] * grid[0] // tiles, c)
     partial = {name: torch.empty(shape, dtype=real, device=x.device) for name in SUMS if name in wanted}
     whole = _fir_structures(real).fused(
-        params, _operands(operands, x.dtype), _structures(real).sums(*(_pointer(partial.get(name)) for name in SUMS)),
-        _pointer(dy), _pointer(codes),
+        params, pack(operands, x.dtype), structures(real).sums(*(pointer(partial.get(name)) for name in SUMS)),
+        pointer(dy), pointer(codes),
     )  # fmt: skip
     library.launch(kernel, grid, block, whole, stream_of(x.device))
     return {name: tensor.sum(1) for name, tensor in partial.items()}
@@ -267,7 +261,7 @@ def _fir_structures(real: torch.dtype) -> _FirStructures:
         "FirGeneralParams", **tensors, outputs=int64, **ints("images channels"), **sizes,
         **ints("fh fw separable flip_filter up_x up_y down_x down_y pad_x pad_y channels_last"),
     )  # fmt: skip
-    epilogue = _structures(real)
+    epilogue = structures(real)
     fused = structure(
         "FusedFirParams", fir=rows, operands=epilogue.operands, sums=epilogue.sums, dy=pointer, codes=pointer
     )

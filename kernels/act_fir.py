@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._epilogue import Operands, real_of, slope_below
 from stylepipe.kernels._fir import Geometry, fits_fused, run_act_fir, run_act_fir_backward
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled
+from stylepipe.kernels._operands import Operands, real_of, slope_below
 from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act
 from stylepipe.kernels.native import Library
 from stylepipe.kernels.upfirdn2d import upfirdn2d
@@ -30,7 +30,7 @@ def act_fir(
     gain: float | None = None,
     clamp: float | None = None,
 ) -> Tensor:
-    """Return upfirdn2d(bias_act(x, b, act=act, gain=gain, clamp=clamp), f, padding=padding), differentiable as these are.
+    """Return upfirdn2d(bias_act(x, b, act=act, gain=gain, clamp=clamp), f, padding=padding), differentiable too.
 
     Args:
         x: [N, C, H, W], any floating type, contiguous or channels_last; as for the two ops, autocast changes nothing.
@@ -50,7 +50,12 @@ def _kernels(x: Tensor, f: Tensor, padding: int, act: str, gain: float) -> Libra
 
     The codes of an input are written by the thread whose output lies at the same place: there must be one.
     """
-    if act not in STRAIGHT or gain <= 0 or x.numel() == 0 or not f.shape[-1] - 1 <= 2 * padding <= 2 * (f.shape[-1] - 1):
+    if (
+        act not in STRAIGHT
+        or gain <= 0
+        or x.numel() == 0
+        or not f.shape[-1] - 1 <= 2 * padding <= 2 * (f.shape[-1] - 1)
+    ):
         return None
     kernels = compiled("fused_fir", x)
     return kernels if kernels is not None and fits_fused(kernels, x, f) else None
@@ -93,7 +98,7 @@ def _forward_fake(x: Tensor, b: Tensor | None, f: Tensor, padding: int, *_: Any)
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, b, f, *ctx.options = inputs
+    _, b, f, *ctx.options = inputs
     ctx.bias_dtype = None if b is None else b.dtype
     ctx.save_for_backward(output[1], f)
     ctx.mark_non_differentiable(output[1])
@@ -176,8 +181,8 @@ def _slope(codes: Tensor, like: Tensor, act: str, alpha: float, gain: float) -> 
     """Return dv/du [N, C, H, W], channels_last, in the type of `like`."""
     shifts = torch.arange(0, 2 * _per_byte(like), 2, dtype=torch.uint8, device=codes.device)
     code = ((codes[..., None] >> shifts) & 3).flatten(3).permute(0, 3, 1, 2)
-    slope = torch.where(code == _POSITIVE, gain, gain * slope_below(act, alpha)).to(like.dtype)
-    return slope.masked_fill(code == _CLAMPED, 0)
+    slope = torch.full_like(code, gain * slope_below(act, alpha), dtype=like.dtype)
+    return slope.masked_fill(code == _POSITIVE, gain).masked_fill(code == _CLAMPED, 0)
 
 
 def _per_byte(x: Tensor) -> int:

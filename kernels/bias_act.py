@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from stylepipe.kernels._epilogue import Operands, run_backward, run_forward, view_along
+from stylepipe.kernels._epilogue import run_backward, run_forward, view_along
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
+from stylepipe.kernels._operands import Operands
 from stylepipe.kernels.native import Library
 
 _SELU_SCALE = 1.0507009873554804934193349852946
@@ -64,7 +65,11 @@ _ACTIVATIONS = {  # in the order of cuda/common.cuh
     "linear": _Activation(1, 0, lambda u, _: u, lambda u, _: torch.ones_like(u), None),
     "relu": _Activation(math.sqrt(2), 0, lambda u, _: u.relu(), lambda u, _: (u > 0).to(u.dtype), None),
     "lrelu": _Activation(
-        math.sqrt(2), 0.2, lambda u, a: F.leaky_relu(u, a), lambda u, a: torch.where(u > 0, 1.0, a).to(u.dtype), None
+        math.sqrt(2),
+        0.2,
+        lambda u, a: F.leaky_relu(u, a),
+        lambda u, a: torch.full_like(u, a).masked_fill(u > 0, 1),
+        None,
     ),
     "tanh": _Activation(1, 0, lambda u, _: u.tanh(), lambda u, _: 1 - u.tanh().square(), _tanh_second),
     "sigmoid": _Activation(

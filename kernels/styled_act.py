@@ -10,14 +10,16 @@ of an up-convolution), and v may be weighted to colours beside (toRGB).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._epilogue import Operands, makes_rgb, run_backward, run_forward, view_of
+from stylepipe.kernels._epilogue import makes_rgb, run_backward, run_forward, view_of
 from stylepipe.kernels._fir import Geometry, fits_fused, run_fir_epilogue, run_fir_epilogue_backward
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
+from stylepipe.kernels._operands import Operands
 from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, keeps_sign
 from stylepipe.kernels.native import Library
 from stylepipe.kernels.upfirdn2d import upfirdn2d
@@ -34,12 +36,11 @@ def styled_act(
     clamp: float | None = None,
     next_scale: Tensor | None = None,
     *,
-    rgb_weight: Tensor | None = None,
     f: Tensor | None = None,
     padding: int = 0,
     filter_gain: float = 1,
-) -> tuple[Tensor, Tensor | None]:
-    """Return y and rgb (None without `rgb_weight`), differentiable any number of times.
+) -> Tensor:
+    """Return y, differentiable any number of times.
 
     Args:
         x: [N, C, H, W], any floating type; contiguous or channels_last. The arithmetic is in float32 (float64 for
@@ -49,31 +50,44 @@ def styled_act(
         bias: [C].
         act, gain, clamp: as bias_act has them.
         next_scale: [N, C], the next layer's modulation.
-        rgb_weight: [N, K, C]: rgb is the sum over channels of v * rgb_weight; K = 3 is joined to the pass.
         f, padding, filter_gain: x is first filtered by upfirdn2d(x, f, padding=padding, gain=filter_gain).
 
     Returns:
-        y [N, C, H', W'] of x's type and in its memory format; rgb [N, K, H', W'] float32 (float64 for float64),
-        channels_last. H' and W' are those behind the filter.
+        [N, C, H', W'] of x's type and in its memory format. H' and W' are those behind the filter.
     """
-    if (noise is None) != (noise_strength is None):
-        raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
-    options = _Options(
-        padding, float(filter_gain), act, activation_alpha(act), float(activation_gain(act) if gain is None else gain),
-        None if clamp is None else float(clamp),
-    )  # fmt: skip
+    tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, None, f)
+    return _run(tensors, _Options.of(act, gain, clamp, padding, filter_gain))[0]
+
+
+def styled_act_rgb(
+    x: Tensor,
+    rgb_weight: Tensor,
+    scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    act: str = "lrelu",
+    gain: float | None = None,
+    clamp: float | None = None,
+    next_scale: Tensor | None = None,
+    *,
+    f: Tensor | None = None,
+    padding: int = 0,
+    filter_gain: float = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return y as styled_act does, and rgb beside it, the sum over channels of v * rgb_weight.
+
+    Args:
+        rgb_weight: [N, K, C]; with K = 3 colours the sum joins the pass.
+        x, scale, noise, noise_strength, bias, act, gain, clamp, next_scale, f, padding, filter_gain: as there.
+
+    Returns:
+        y, and rgb [N, K, H', W'] float32 (float64 for float64), channels_last.
+    """
     tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, rgb_weight, f)
-    kernels = None if torch.compiler.is_compiling() else compiled("epilogue", x, act)
-    if kernels is None:  # a compiler joins the parts itself
-        return _composed(tensors, options)
-    straight = act in STRAIGHT
-    if f is not None and not (straight and _filters(x, f, options) and rgb_weight is None):
-        tensors = tensors._replace(x=_filtered(tensors, options), f=None)
-    if rgb_weight is not None and not (straight and makes_rgb(kernels, tensors.x, rgb_weight)):
-        v, _ = torch.ops.stylepipe.styled_act(*tensors._replace(next_scale=None, rgb_weight=None), *options)
-        return _modulated(v, next_scale), per_pixel_dot(v, rgb_weight)
-    y, rgb = torch.ops.stylepipe.styled_act(*tensors, *options)
-    return y, None if rgb_weight is None else rgb
+    y, rgb = _run(tensors, _Options.of(act, gain, clamp, padding, filter_gain))
+    assert rgb is not None
+    return y, rgb
 
 
 def per_pixel_dot(v: Tensor, weight: Tensor) -> Tensor:
@@ -101,8 +115,32 @@ class _Options(NamedTuple):
     gain: float
     clamp: float | None
 
+    @classmethod
+    def of(cls, act: str, gain: float | None, clamp: float | None, padding: int, filter_gain: float) -> _Options:
+        """Fill in an activation's defaults."""
+        gain = activation_gain(act) if gain is None else gain
+        clamp = None if clamp is None else float(clamp)
+        return cls(padding, float(filter_gain), act, activation_alpha(act), float(gain), clamp)
+
     def activation(self) -> dict[str, Any]:
         return {"act": self.act, "alpha": self.alpha, "gain": self.gain, "clamp": self.clamp}
+
+
+def _run(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
+    """Run the op on what kernels join, and other ops on the rest; rgb is None without a weight."""
+    if (of.noise is None) != (of.noise_strength is None):
+        raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
+    kernels = None if torch.compiler.is_compiling() else compiled("epilogue", of.x, options.act)
+    if kernels is None:  # a compiler joins the parts itself
+        return _composed(of, options)
+    straight = options.act in STRAIGHT
+    if of.f is not None and not (straight and of.rgb_weight is None and _filters(of.x, of.f, options)):
+        of = of._replace(x=_filtered(of, options), f=None)
+    if of.rgb_weight is not None and not (straight and makes_rgb(kernels, of.x, of.rgb_weight)):
+        v, _ = torch.ops.stylepipe.styled_act(*of._replace(next_scale=None, rgb_weight=None), *options)
+        return _modulated(v, of.next_scale), per_pixel_dot(v, of.rgb_weight)
+    y, rgb = torch.ops.stylepipe.styled_act(*of, *options)
+    return y, None if of.rgb_weight is None else rgb
 
 
 # --- composed of other ops ---
@@ -135,37 +173,36 @@ def _modulated(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale.to(x.dtype)[:, :, None, None]
 
 
-def _gradient(dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options) -> tuple[Tensor | None, ...]:
-    """Return the gradients by all of _Tensors but f, made of differentiable ops."""
+def _gradient(dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, names: set[str]) -> dict[str, Tensor]:
+    """Return the gradients by the tensors named, made of differentiable ops."""
     z = _filtered(of, options)
     zs = _styled(z, of)
     v = bias_act(zs, of.bias, **options.activation())
+    found: dict[str, Tensor] = {}
     dv = _modulated(dy, of.next_scale)
-    drgb_weight = None
     if drgb is not None and of.rgb_weight is not None:
-        pixels = drgb.permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, 3]
+        pixels = drgb.permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, K]
         dv = dv + (pixels @ of.rgb_weight).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2).to(v.dtype)
-        drgb_weight = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+        if "rgb_weight" in names:
+            found["rgb_weight"] = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+    if of.next_scale is not None and "next_scale" in names:
+        found["next_scale"] = (dy * v).to(of.next_scale.dtype).sum((2, 3))
     act = (options.act, options.alpha, options.gain, options.clamp)
     ref = v if keeps_sign(*act[:3]) else zs
-    with_bias = of.bias is not None
+    with_bias = of.bias is not None and "bias" in names
     du, dbias = torch.ops.stylepipe.bias_act_backward(dv, ref, of.bias, 1, *act, with_bias)
-    dz = _modulated(du, of.scale)
-    dx = dz if of.f is None else _transposed_filter(dz, of, options)
-    dnoise = dstrength = None
-    if of.noise is not None and of.noise_strength is not None:
+    if with_bias:
+        found["bias"] = dbias
+    if of.scale is not None and "scale" in names:
+        found["scale"] = (du * z).to(of.scale.dtype).sum((2, 3))
+    if of.noise is not None and of.noise_strength is not None and names & {"noise", "noise_strength"}:
         per_pixel = du.to(of.noise.dtype).sum(1, keepdim=True)
-        dnoise = (per_pixel * of.noise_strength).sum_to_size(of.noise.shape)
-        dstrength = (per_pixel * of.noise).sum()
-    return (
-        dx,
-        None if of.scale is None else (du * z).to(of.scale.dtype).sum((2, 3)),
-        dnoise,
-        dstrength,
-        dbias if with_bias else None,
-        None if of.next_scale is None else (dy * v).to(of.next_scale.dtype).sum((2, 3)),
-        drgb_weight,
-    )
+        found["noise"] = (per_pixel * of.noise_strength).sum_to_size(of.noise.shape)
+        found["noise_strength"] = (per_pixel * of.noise).sum()
+    if "x" in names:
+        dz = _modulated(du, of.scale)
+        found["x"] = dz if of.f is None else _transposed_filter(dz, of, options)
+    return found
 
 
 def _transposed_filter(dz: Tensor, of: _Tensors, options: _Options) -> Tensor:
@@ -246,25 +283,25 @@ def _backward(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[
     if dy is None:
         dy = torch.zeros_like(_filtered(of, options))
     dy = dy.contiguous(memory_format=memory_format_of(of.x))
+    names = {name for name, want in zip(_Tensors._fields, wanted, strict=False) if want}
     kernels = compiled("epilogue", of.x, options.act) if of.x.numel() else None
-    if kernels is None or wanted[_Tensors._fields.index("noise")]:  # no kernel adds up over channels
-        gradients: tuple[Tensor | None, ...] = _gradient(dy, drgb, of, options)
+    if kernels is None or "noise" in names:  # no kernel adds up over channels
+        found = _gradient(dy, drgb, of, options, names)
     else:
-        names = {name for name, want in zip(_Tensors._fields, wanted, strict=False) if want}
-        names -= {"rgb_weight"} if drgb is None else set()
-        gradients = _run_backward(kernels, dy, drgb, of, options, names)
-    found = []
-    for gradient, tensor, want in zip(gradients, of, wanted, strict=False):
-        if not want or tensor is None:
-            found.append(dy.new_empty(0))
+        found = _run_backward(kernels, dy, drgb, of, options, names - ({"rgb_weight"} if drgb is None else set()))
+    gradients = []
+    for name in _Tensors._fields[:_DIFFERENTIABLE]:
+        tensor = getattr(of, name)
+        if name not in names or tensor is None:
+            gradients.append(dy.new_empty(0))
         else:
-            found.append(torch.zeros_like(tensor) if gradient is None else gradient)
-    return tuple(found)
+            gradients.append(found[name].to(tensor.dtype) if name in found else torch.zeros_like(tensor))
+    return tuple(gradients)
 
 
 def _run_backward(
     kernels: Library, dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, names: set[str]
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
     x = of.x.contiguous(memory_format=memory_format_of(of.x))
     if of.f is not None:
         geometry = _geometry(of, options)
@@ -274,19 +311,12 @@ def _run_backward(
         if drgb is not None:
             drgb = drgb.permute(0, 2, 3, 1).contiguous()  # as it lies, where channels_last
         dx, sums = run_backward(kernels, dy, x, view_of(x), _operands(of, options), names, drgb=drgb)
-    sums = {
-        "scale": sums.get("scale"),
-        "noise_strength": sums["noise_strength"].sum() if "noise_strength" in sums else None,
-        "bias": sums["bias"].sum(0) if "bias" in sums else None,
-        "next_scale": sums.get("next_scale"),
-        "rgb_weight": sums.get("rgb_weight"),
-    }
-    by_name = {"x": dx, "noise": None, **sums}
-    gradients = []
-    for name in _Tensors._fields[:_DIFFERENTIABLE]:
-        gradient, like = by_name[name], getattr(of, name)
-        gradients.append(None if gradient is None or like is None else gradient.to(like.dtype))
-    return tuple(gradients)
+    found = {"x": dx, **sums}
+    if "bias" in found:
+        found["bias"] = found["bias"].sum(0)
+    if "noise_strength" in found:
+        found["noise_strength"] = found["noise_strength"].sum()
+    return found
 
 
 @torch.library.register_fake("stylepipe::styled_act_backward", lib=LIBRARY)
@@ -310,28 +340,28 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     """Differentiate _gradient."""
     create_graph = torch.is_grad_enabled()
-    saved = ctx.saved_tensors
-    needed = [need and tensor is not None for tensor, need in zip(saved, ctx.needs_input_grad, strict=False)]
+    asked = zip(_Tensors._fields, cotangents, ctx.wanted, strict=False)
+    given = {name: cotangent for name, cotangent, want in asked if want and cotangent is not None}
+    needed = [need and saved is not None for saved, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
     with torch.enable_grad():
         # By aliases: what one saved tensor owes to another is not to be counted here.
-        aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in saved]
+        aliases: list[Any] = [None if saved is None else saved.view_as(saved) for saved in ctx.saved_tensors]
         dy, drgb, *tensors = aliases
         of, options = _Tensors(*tensors), _Options(*ctx.options)
-        outputs = _gradient(torch.zeros_like(_filtered(of, options)) if dy is None else dy, drgb, of, options)
-        reached = [
-            (output, cotangent)
-            for output, cotangent, want in zip(outputs, cotangents, ctx.wanted, strict=True)
-            if want and output is not None and cotangent is not None and output.requires_grad
-        ]
-        found: tuple[Tensor | None, ...] = (None,) * sum(needed)
+        found = _gradient(torch.zeros_like(_filtered(of, options)) if dy is None else dy, drgb, of, options, set(given))
+        reached = [name for name in found if name in given and found[name].requires_grad]
+        gradients: Iterator[Tensor | None] = iter(())
         if reached:
-            inputs = [alias for alias, need in zip(aliases, needed, strict=True) if need]
-            found = torch.autograd.grad(
-                [output for output, _ in reached], inputs, [cotangent for _, cotangent in reached],
-                create_graph=create_graph, allow_unused=True,
-            )  # fmt: skip
-    given = iter(found)
-    return *(next(given) if need else None for need in needed), *[None] * (len(ctx.options) + 1)
+            gradients = iter(
+                torch.autograd.grad(
+                    [found[name] for name in reached],
+                    [alias for alias, need in zip(aliases, needed, strict=True) if need],
+                    [given[name] for name in reached],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+    return *(next(gradients, None) if need else None for need in needed), *[None] * (len(ctx.options) + 1)
 
 
 torch.library.register_autograd(
@@ -344,9 +374,15 @@ def _split(arguments: tuple[Any, ...]) -> tuple[_Tensors, _Options]:
 
 
 def _operands(of: _Tensors, options: _Options) -> Operands:
-    noise = None if of.noise is None else of.noise.flatten(1)
-    small = {"scale": of.scale, "bias": of.bias, "next_scale": of.next_scale, "rgb_weight": of.rgb_weight}
-    return Operands(noise=noise, noise_strength=of.noise_strength, **small, **options.activation())
+    return Operands(
+        scale=of.scale,
+        bias=of.bias,
+        next_scale=of.next_scale,
+        noise=None if of.noise is None else of.noise.flatten(1),
+        noise_strength=of.noise_strength,
+        rgb_weight=of.rgb_weight,
+        **options.activation(),
+    )
 
 
 def _geometry(of: _Tensors, options: _Options) -> Geometry:

@@ -8,7 +8,7 @@ wherever that factor is cheapest. Leaky ReLU being positively homogeneous, its g
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from stylepipe.kernels import (
     bias_act,
     conv2d,
     downsample2d,
-    per_pixel_dot,
     setup_filter,
     styled_act,
+    styled_act_rgb,
     upfirdn2d,
     upsample2d,
 )
@@ -111,9 +111,7 @@ class Conv2d(nn.Module):
         if down > 1:
             self.register_buffer("resample_filter", resample_filter(), persistent=False)
 
-    def forward(
-        self, x: torch.Tensor, *, blur: torch.Tensor | None = None, blurred: bool = False
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *, blur: torch.Tensor | None = None, blurred: bool = False) -> torch.Tensor:
         """Map x [N, in_channels, H, W] to [N, out_channels, H / down, W / down].
 
         Two layers of which the second halves a 3x3 convolution's input share the filter between them: the first is
@@ -243,19 +241,18 @@ class SynthesisLayer(nn.Module):
             next_style: [N, out_channels], which multiplies the activations returned.
             rgb_weight: ToRGB.modulate's [N, img_channels, out_channels], None for no image.
         """
-        weight, _, demodulation = modulation
-        filters = {}
+        filters: dict[str, Any] = {}
         if self.up > 1:
             # The weight is that of a correlation, used as it is in the transposed convolution; the FIR low-passes.
-            x = conv2d(x, weight.transpose(0, 1), stride=2, transposed=True)
+            x = conv2d(x, modulation.weight.transpose(0, 1), stride=2, transposed=True)
             filters = {"f": self.resample_filter, "padding": 1, "filter_gain": 4}
         else:
-            x = conv2d(x, weight, padding=1)
+            x = conv2d(x, modulation.weight, padding=1)
         strength = None if noise is None else self.noise_strength
-        return styled_act(
-            x, demodulation, noise, strength, self.bias, act="lrelu", gain=self._gain, clamp=self._clamp,
-            next_scale=next_style, rgb_weight=rgb_weight, **filters,
-        )  # fmt: skip
+        style = (modulation.demodulation, noise, strength, self.bias, "lrelu", self._gain, self._clamp, next_style)
+        if rgb_weight is None:
+            return styled_act(x, *style, **filters), None
+        return styled_act_rgb(x, rgb_weight, *style, **filters)
 
 
 class ToRGB(nn.Module):

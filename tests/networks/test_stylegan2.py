@@ -174,7 +174,16 @@ def test_modulated_convolution_is_that_of_the_paper(up: int) -> None:
     else:
         y = torch.cat([F.conv2d(x[n : n + 1], weights[n], padding=1) for n in range(3)])
     expected = F.leaky_relu(y + 0.3 * noise + layer.bias[:, None, None], 0.2) * 2**0.5
-    torch.testing.assert_close(layer(x, w, noise), expected, rtol=1e-4, atol=1e-5)
+    modulation = layer.modulate(w, x.dtype)
+    x = (x * modulation.style[:, :, None, None]).contiguous(memory_format=torch.channels_last)
+    y, rgb = layer(x, modulation, noise)
+    assert rgb is None
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    next_style, rgb_weight = torch.randn(3, 7), torch.randn(3, 3, 7)
+    y, rgb = layer(x, modulation, noise, next_style, rgb_weight)
+    torch.testing.assert_close(y, expected * next_style[:, :, None, None], rtol=1e-4, atol=1e-5)
+    colours = torch.einsum("nchw,nkc->nkhw", expected, rgb_weight)
+    torch.testing.assert_close(rgb, colours, rtol=1e-4, atol=1e-4)
 
 
 def test_minibatch_stddev_is_that_of_the_groups() -> None:
@@ -198,13 +207,18 @@ def test_conv_clamp_limits_activations() -> None:
     G = small_generator(conv_clamp=0.25)
     outputs = []
     for block in G.synthesis.blocks():
-        block.conv1.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        # What it returns comes times the next layer's style: without, it is to be called anew.
+        block.conv1.register_forward_hook(lambda module, inputs, _: outputs.append(module.forward(*inputs[:3])[0]))
     G(torch.randn(2, 8))
     assert len(outputs) == 3
     assert all(0.2 < float(output.detach().abs().max()) <= 0.25 for output in outputs)
 
 
 # --- precision and layout ---
+
+
+def first(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def test_half_levels_are_the_highest_and_borders_stay_float32() -> None:
@@ -215,7 +229,7 @@ def test_half_levels_are_the_highest_and_borders_stay_float32() -> None:
         for name, module in network.named_modules():
             if name.endswith(("conv0", "conv1", "conv", "torgb", "fromrgb")):
                 module.register_forward_hook(
-                    lambda module, inputs, output, key=f"{prefix}.{name}": seen.update({key: output.dtype})
+                    lambda module, inputs, output, key=f"{prefix}.{name}": seen.update({key: first(output).dtype})
                 )
     logits = D(G(torch.randn(4, 8)))
     assert logits.dtype == torch.float32
@@ -257,7 +271,7 @@ def test_activations_stay_channels_last() -> None:
     for network in (G.synthesis, D):
         for name, module in network.named_modules():
             if name.endswith(("conv0", "conv1", "skip", "fromrgb")):
-                module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(first(output)))
     D(G(torch.randn(2, 8)))
     D(torch.randn(2, 3, 16, 16))
     assert outputs
@@ -303,13 +317,28 @@ def use_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         x = x if b is None else x + b[:, None, None]
         return (F.leaky_relu(x, 0.2) if act == "lrelu" else x) * gain
 
+    def styled_act_rgb(
+        x, rgb_weight, scale, noise, strength, bias, act, gain, clamp, next_scale, f=None, padding=0, filter_gain=1
+    ):
+        x = x if f is None else upfirdn2d(x, f, padding=padding, gain=filter_gain)
+        v = bias_act(x * scale[:, :, None, None] + noise * strength, bias, act=act, gain=gain, clamp=clamp)
+        rgb = None if rgb_weight is None else torch.einsum("nchw,nkc->nkhw", v, rgb_weight)
+        return v if next_scale is None else v * next_scale[:, :, None, None], rgb
+
+    def styled_act(x, *style, **filters):
+        return styled_act_rgb(x, None, *style, **filters)[0]
+
+    def act_fir(x, b, f, padding, *, act, gain, clamp):
+        return upfirdn2d(bias_act(x, b, act=act, gain=gain, clamp=clamp), f, padding=padding)
+
     def upfirdn2d(x, f, up=1, down=1, padding=0, gain=1):
         x0, x1, y0, y1 = [padding] * 4 if isinstance(padding, int) else padding
         n, c, h, w = x.shape
         zeros = x.new_zeros(n, c, h, up, w, up)
         zeros[:, :, :, 0, :, 0] = x
         x = F.pad(zeros.view(n, c, h * up, w * up), (x0, x1, y0, y1))
-        return F.conv2d(x, (f * gain).flip([0, 1]).expand(c, 1, 4, 4), groups=c)[:, :, ::down, ::down]
+        f = torch.outer(f, f) * gain
+        return F.conv2d(x, f.flip([0, 1]).expand(c, 1, 4, 4), groups=c)[:, :, ::down, ::down]
 
     def upsample2d(x, f):
         return upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4)
@@ -318,7 +347,7 @@ def use_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         return upfirdn2d(x, f, down=2, padding=1)
 
     for module in (layers, stylegan2):
-        for replacement in (conv2d, bias_act, upfirdn2d, upsample2d, downsample2d):
+        for replacement in (conv2d, bias_act, styled_act, styled_act_rgb, act_fir, upfirdn2d, upsample2d, downsample2d):
             if hasattr(module, replacement.__name__):
                 monkeypatch.setattr(module, replacement.__name__, replacement)
 
