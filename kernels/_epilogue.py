@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._library import memory_format_of
+from stylepipe.kernels._library import STRAIGHT, memory_format_of
 from stylepipe.kernels._operands import RGB, SUMS, Operands, pack, pointer, real_of, structures
 from stylepipe.kernels.native import Library, stream_of
 
@@ -79,7 +79,7 @@ def run_forward(library: Library, x: Tensor, view: View, operands: Operands) -> 
     params = structures(real_of(x.dtype)).forward(
         x.data_ptr(), y.data_ptr(), pointer(rgb), pack(operands, x.dtype), *work.place(view)
     )  # fmt: skip
-    kernel = f"epilogue_{'rgb_' if with_rgb else ''}{work.name}"
+    kernel = f"epilogue_{_kind(operands, with_rgb)}{work.name}"
     library.launch(kernel, work.grid, work.block, params, stream_of(x.device))
     return y, rgb
 
@@ -122,7 +122,7 @@ def run_backward(
             structures(real).sums(*(pointer(partial.get(name)) for name in SUMS)),
             *work.place(view), ref_is_output,
         )  # fmt: skip
-        kernel = f"epilogue_backward_{'rgb_' if drgb is not None else ''}{work.name}"
+        kernel = f"epilogue_backward_{_kind(operands, drgb is not None)}{work.name}"
         library.launch(kernel, work.grid, work.block, params, stream_of(ref.device))
     return Backward(dx, {name: tensor.sum(1 if view.rows else 2) for name, tensor in partial.items()})
 
@@ -155,6 +155,12 @@ class _Work(NamedTuple):
             return view.images, view.channels, self.chunks
         colours = (RGB,) if name == "rgb_weight" else ()
         return view.images, self.chunks, *colours, view.channels
+
+
+def _kind(operands: Operands, with_rgb: bool) -> str:
+    if operands.act not in STRAIGHT:
+        return "curved_"
+    return "rgb_" if with_rgb else ""
 
 
 def _cut_rows(view: View, vectors: int, lanes: int, threads: int) -> tuple[Any, ...]:

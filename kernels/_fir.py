@@ -61,14 +61,13 @@ def run_upfirdn2d(library: Library, x: Tensor, f: Tensor, geometry: Geometry) ->
 
 def fits_fused(library: Library, x: Tensor, f: Tensor) -> bool:
     """Tell whether the fused kernels take x and f: channels_last, whole vectors, a separable filter of 4 taps."""
-    lanes = library.vector_bytes // x.dtype.itemsize
     return (
         f.ndim == 1
         and f.numel() == FUSED_TAPS
         and x.ndim == 4
         and memory_format_of(x) == torch.channels_last
         and 0 < x.shape[0] <= 65535
-        and x.shape[1] % lanes == 0
+        and x.shape[1] % narrow_lanes(library, x.dtype) == 0
     )
 
 
@@ -94,7 +93,7 @@ def run_act_fir(
     """Return FIR(act(x + b)) and the codes [N, H, W, C / 4] uint8 of what the gradient needs of the activation."""
     y = _empty_rows(x, geometry)
     n, c, h, w = x.shape
-    codes = torch.empty(n, h, w, c // codes_per_byte(library, x.dtype), dtype=torch.uint8, device=x.device)
+    codes = torch.empty(n, h, w, c // narrow_lanes(library, x.dtype), dtype=torch.uint8, device=x.device)
     _run_fused(library, "act_fir", x, y, f, geometry, operands, codes=codes)
     return y, codes
 
@@ -107,11 +106,6 @@ def run_act_fir_backward(
     wanted = {"bias"} if with_db else set()
     sums = _run_fused(library, "act_fir_backward", dy, dx, f, geometry, operands, wanted=wanted, codes=codes)
     return Backward(dx, sums)
-
-
-def codes_per_byte(library: Library, dtype: torch.dtype) -> int:
-    """Return how many activations share a byte of codes."""
-    return min(4, library.vector_bytes // dtype.itemsize)
 
 
 def _tiled_taps(f: Tensor, geometry: Geometry) -> int | None:
@@ -191,9 +185,7 @@ def _run_fused(
     real = real_of(x.dtype)
     f = f.to(dtype=real, device=x.device).contiguous()
     operands = operands.prepared(x.dtype)
-    widest = library.vector_bytes // x.dtype.itemsize
-    lanes = widest if kernel == "act_fir" else narrow_lanes(library, x.dtype)
-    grid, block, params = _cut(library, x, y, f, geometry, lanes)
+    grid, block, params = _cut(library, x, y, f, geometry, narrow_lanes(library, x.dtype))
     n, c = x.shape[:2]
     tiles = params.tiles
     shape = (n, grid[1] * grid[0] // tiles, c)

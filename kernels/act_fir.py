@@ -14,7 +14,7 @@ from torch import Tensor
 from stylepipe.kernels._fir import Geometry, fits_fused, run_act_fir, run_act_fir_backward
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled
 from stylepipe.kernels._operands import Operands, real_of, slope_below
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act
+from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp
 from stylepipe.kernels.native import Library
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
@@ -37,7 +37,15 @@ def act_fir(
         b: [C] or None.
         f, padding: as upfirdn2d has them.
         act, gain, clamp: as bias_act has them.
+
+    Raises:
+        ValueError: a shape does not fit, or the output would be empty.
     """
+    if x.ndim != 4:
+        raise ValueError(f"act_fir: x of shape {list(x.shape)}: expected [N, C, H, W]")
+    if b is not None and list(b.shape) != [x.shape[1]]:
+        raise ValueError(f"act_fir: b of shape {list(b.shape)}: expected {[x.shape[1]]}, x's channels")
+    check_clamp("act_fir", clamp)
     gain = float(activation_gain(act) if gain is None else gain)
     clamp = None if clamp is None else float(clamp)
     if torch.compiler.is_compiling() or _kernels(x, f, padding, act, gain) is None:

@@ -126,8 +126,7 @@ def bias_act(
         A tensor of x's shape and type, in x's memory format.
     """
     spec = _lookup(act)
-    if clamp is not None and clamp < 0:
-        raise ValueError(f"bias_act: clamp {clamp}: expected a number >= 0, or None for no clamp")
+    check_clamp("bias_act", clamp)
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias_act: b of shape {list(b.shape)}: expected [{x.shape[dim]}], x's size along dim {dim}")
     return torch.ops.stylepipe.bias_act(
@@ -139,6 +138,12 @@ def bias_act(
         float(spec.gain if gain is None else gain),
         None if clamp is None else float(clamp),
     )
+
+
+def check_clamp(op: str, clamp: float | None) -> None:
+    """Raise ValueError for a clamp that limits nothing."""
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"{op}: clamp {clamp}: expected a number >= 0, or None for no clamp")
 
 
 def _lookup(act: str) -> _Activation:

@@ -20,7 +20,7 @@ from stylepipe.kernels._epilogue import makes_rgb, run_backward, run_forward, vi
 from stylepipe.kernels._fir import Geometry, fits_fused, run_fir_epilogue, run_fir_epilogue_backward
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
 from stylepipe.kernels._operands import Operands
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, keeps_sign
+from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp, keeps_sign
 from stylepipe.kernels.native import Library
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
@@ -54,6 +54,9 @@ def styled_act(
 
     Returns:
         [N, C, H', W'] of x's type and in its memory format. H' and W' are those behind the filter.
+
+    Raises:
+        ValueError: a shape does not fit, or noise comes without its strength.
     """
     tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, None, f)
     return _run(tensors, _Options.of(act, gain, clamp, padding, filter_gain))[0]
@@ -128,8 +131,7 @@ class _Options(NamedTuple):
 
 def _run(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
     """Run the op on what kernels join, and other ops on the rest; rgb is None without a weight."""
-    if (of.noise is None) != (of.noise_strength is None):
-        raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
+    _check(of, options)
     kernels = None if torch.compiler.is_compiling() else compiled("epilogue", of.x, options.act)
     if kernels is None:  # a compiler joins the parts itself
         return _composed(of, options)
@@ -141,6 +143,37 @@ def _run(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
         return _modulated(v, of.next_scale), per_pixel_dot(v, of.rgb_weight)
     y, rgb = torch.ops.stylepipe.styled_act(*of, *options)
     return y, None if of.rgb_weight is None else rgb
+
+
+def _check(of: _Tensors, options: _Options) -> None:
+    """Raise ValueError where an operand does not fit x: kernels would read beyond its end."""
+    if of.x.ndim != 4:
+        raise ValueError(f"styled_act: x of shape {list(of.x.shape)}: expected [N, C, H, W]")
+    if (of.noise is None) != (of.noise_strength is None):
+        raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
+    check_clamp("styled_act", options.clamp)
+    n, c, h, w = of.x.shape
+    if of.f is not None:
+        grown = 2 * options.padding + 1
+        h, w = h + grown - of.f.shape[0], w + grown - of.f.shape[-1]
+    shapes: dict[str, list[list[Any]]] = {
+        "scale": [[n, c]],
+        "noise": [[n, 1, h, w], [1, 1, h, w]],
+        "noise_strength": [[]],
+        "bias": [[c]],
+        "next_scale": [[n, c]],
+        "rgb_weight": [[n, "K", c]],
+    }
+    for name, accepted in shapes.items():
+        tensor = getattr(of, name)
+        if tensor is None:
+            continue
+        found = list(tensor.shape)
+        if name == "rgb_weight" and len(found) == 3:
+            found[1] = "K"  # any number of colours
+        if found not in accepted:
+            expected = " or ".join(str(shape).replace("'", "") for shape in accepted)
+            raise ValueError(f"styled_act: {name} of shape {list(tensor.shape)}: expected {expected}")
 
 
 # --- composed of other ops ---

@@ -28,7 +28,7 @@ struct ImageOperands {
         scale = of.scale ? of.scale + at : fill(filled[0], 1, channels);
         bias = of.bias ? of.bias : fill(filled[1], 0, channels);
         next_scale = of.next_scale ? of.next_scale + at : fill(filled[2], 1, channels);
-        rgb_weight = of.rgb_weight + at * RGB;
+        rgb_weight = of.rgb_weight ? of.rgb_weight + at * RGB : nullptr;
     }
 
     static const Real* fill(std::vector<Real>& values, Real value, int channels) {
@@ -42,7 +42,8 @@ template <bool WITH_RGB> void forward(const EpilogueParams& p, const ImageOperan
     const int channels = p.channels;
     const Real addend = strength_of(of) * noise_at(of, image, pixel);
     const Real *scale = image_of.scale, *bias = image_of.bias, *next = image_of.next_scale;
-    const Real *red = image_of.rgb_weight, *green = red + channels, *blue = green + channels;
+    const Real *red = image_of.rgb_weight, *green = WITH_RGB ? red + channels : red;
+    const Real* blue = WITH_RGB ? green + channels : red;
     const int64 base = (image * p.pixels + pixel) * channels;
     const Scalar* x = p.x + base;
     Scalar* y = p.y + base;
@@ -81,14 +82,15 @@ void backward(const EpilogueBackwardParams& p, const ImageOperands& image_of, Re
     const int channels = p.channels;
     const Real noise = noise_at(of, image, pixel), strength = strength_of(of);
     const Real *scale = image_of.scale, *bias = image_of.bias, *next = image_of.next_scale;
-    const Real *red = image_of.rgb_weight, *green = red + channels, *blue = green + channels;
+    const Real *red = image_of.rgb_weight, *green = WITH_RGB ? red + channels : red;
+    const Real* blue = WITH_RGB ? green + channels : red;
     Real *dscale = sums, *dbias = sums + BIAS * channels, *dnext = sums + NEXT_SCALE * channels;
     Real *dstrength = sums + NOISE_STRENGTH * channels;
     Real *dred = sums + RED * channels, *dgreen = dred + channels, *dblue = dgreen + channels;
     const int64 base = (image * p.pixels + pixel) * channels;
     const Scalar *x = p.ref + base, *dy = p.dy + base;
     Scalar* dx = p.dx + base;
-    const Real* drgb = p.drgb + (image * p.pixels + pixel) * RGB;
+    const Real* drgb = WITH_RGB ? p.drgb + (image * p.pixels + pixel) * RGB : nullptr;
     const Real r = WITH_RGB ? drgb[0] : 0, g = WITH_RGB ? drgb[1] : 0, b = WITH_RGB ? drgb[2] : 0;
 #pragma omp simd
     for (int c = 0; c < channels; c++) {

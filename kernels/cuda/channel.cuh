@@ -60,25 +60,26 @@ DEVICE Real noise_at(const Operands& of, int64 image, int64 pixel) {
 DEVICE Real strength_of(const Operands& of) { return of.noise_strength ? *of.noise_strength : Real(0); }
 
 // v, of which y is a multiple. `addend` is noise * noise_strength.
-template <bool MAY_CURVE> DEVICE Real output_of(const Operands& of, Real x, Real scale, Real addend) {
-    return limit(of.gain * activate<MAY_CURVE>(of.act, x * scale + addend, of.alpha), of.clamp);
+template <bool CURVED> DEVICE Real output_of(const Operands& of, Real x, Real scale, Real addend) {
+    return limit(of.gain * activate<CURVED>(of.act, x * scale + addend, of.alpha), of.clamp);
 }
 
 // dv/du, zero where v is clamped; `a` is v before the clamp.
-template <bool MAY_CURVE> DEVICE Real slope_of(const Operands& of, Real u, Real a) {
-    const Real slope = of.gain * activation_slope<MAY_CURVE>(of.act, u, of.alpha);
+template <bool CURVED> DEVICE Real slope_of(const Operands& of, Real u, Real a) {
+    const Real slope = of.gain * activation_slope<CURVED>(of.act, u, of.alpha);
     return a >= of.clamp || a <= -of.clamp ? Real(0) : slope;
 }
 
-// Turn dy into dx, and add to the sums over pixels. `dv` is what reaches v besides, through rgb; it becomes v.
-template <bool MAY_CURVE, int V>
+// Turn dy into dx, and add to the sums over pixels. `dv` is what reaches v besides, through rgb; it becomes v. With
+// `by_output`, x is y instead, of a straight activation and at most a bias: its sign tells that of u.
+template <bool CURVED, int V>
 DEVICE void backward(const Operands& of, const Channels<V>& channels, const Real (&x)[V], Real (&dy)[V], Real noise,
-                     Real strength, Real (&dv)[V], ChannelSums<V>& sums) {
+                     Real strength, Real (&dv)[V], bool by_output, ChannelSums<V>& sums) {
     UNROLL for (int i = 0; i < V; i++) {
         const Real u = x[i] * channels.scale[i] + (noise * strength + channels.bias[i]);
-        const Real a = of.gain * activate<MAY_CURVE>(of.act, u, of.alpha);
+        const Real a = by_output ? u : of.gain * activate<CURVED>(of.act, u, of.alpha);
         const Real v = limit(a, of.clamp);
-        const Real du = (dy[i] * channels.next_scale[i] + dv[i]) * slope_of<MAY_CURVE>(of, u, a);
+        const Real du = (dy[i] * channels.next_scale[i] + dv[i]) * slope_of<CURVED>(of, u, a);
         sums.scale[i] += du * x[i];
         sums.bias[i] += du;
         sums.next_scale[i] += dy[i] * v;
@@ -89,10 +90,10 @@ DEVICE void backward(const Operands& of, const Channels<V>& channels, const Real
 }
 
 // Turn x into v.
-template <bool MAY_CURVE, int V>
+template <bool CURVED, int V>
 DEVICE void forward(const Operands& of, const Channels<V>& channels, Real (&x)[V], Real addend) {
     UNROLL for (int i = 0; i < V; i++)
-        x[i] = output_of<MAY_CURVE>(of, x[i], channels.scale[i], addend + channels.bias[i]);
+        x[i] = output_of<CURVED>(of, x[i], channels.scale[i], addend + channels.bias[i]);
 }
 
 template <int V> DEVICE void multiply(Real (&x)[V], const Real (&by)[V]) {

@@ -18,7 +18,7 @@
 #define STRING(text) #text
 // KERNEL for kernels whose threads work alone, COOPERATIVE_KERNEL for those that meet at barriers.
 #define KERNEL(name, Params, max_threads) \
-    extern "C" __global__ void __launch_bounds__(max_threads) name(const __grid_constant__ Params p)
+    extern "C" __global__ void __launch_bounds__(max_threads, 2) name(const __grid_constant__ Params p)
 #define COOPERATIVE_KERNEL KERNEL
 #endif
 
@@ -91,24 +91,42 @@ template <typename T> DEVICE void store_once(void* to, const T& value) {
     std::memcpy(__builtin_assume_aligned(to, alignof(T)), &value, sizeof value);
 }
 #else
+// One instruction per vector, through the read-only path. Volatile, so that it stays where it is written: a compiler
+// would rather fetch each vector just before its use, one after the other.
+DEVICE void fetch_word(const void* from, unsigned short& word) {
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
+}
+DEVICE void fetch_word(const void* from, unsigned& word) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
+}
+DEVICE void fetch_word(const void* from, uint2& word) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word.x), "=r"(word.y) : "l"(from));
+}
+DEVICE void fetch_word(const void* from, uint4& word) {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+                 : "l"(from));
+}
+
 template <int bytes> struct Word;
 template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<4> { using type = unsigned; };
 template <> struct Word<8> { using type = uint2; };
 template <> struct Word<16> { using type = uint4; };
 
-// Through the read-only path: such a load may be moved ahead of stores, which keeps several in flight.
 template <typename T> DEVICE T load_once(const void* from) {
-    using W = typename Word<sizeof(T)>::type;
-    union { W word; T value; } both = {__ldg(static_cast<const W*>(from))};
+    union { typename Word<sizeof(T)>::type word; T value; } both;
+    fetch_word(from, both.word);
     return both.value;
 }
 template <typename T> DEVICE void store_once(void* to, const T& value) { *static_cast<T*>(to) = value; }
 #endif
 
-// Read V neighbours as Real; `from` is aligned to the vector.
-template <int V> DEVICE void load(const Scalar* from, Real (&to)[V]) {
-    const Vec<Scalar, V> raw = load_once<Vec<Scalar, V>>(from);
+// V neighbours as they lie in memory, aligned to the vector. Kernels fetch several before they widen the first: what
+// converts a value waits for it, and nothing behind that is fetched meanwhile.
+template <int V> DEVICE Vec<Scalar, V> fetch(const Scalar* from) { return load_once<Vec<Scalar, V>>(from); }
+
+template <int V> DEVICE void widen(const Vec<Scalar, V>& raw, Real (&to)[V]) {
     UNROLL for (int i = 0; i < V; i++) to[i] = widen(raw.at[i]);
 }
 
@@ -158,16 +176,16 @@ DEVICE Real slope_curved(int act, Real u) {
     }
 }
 
-// act(u); NaN passes, and relu(-inf) is 0. Without MAY_CURVE the straight ones are all that is asked for.
-template <bool MAY_CURVE> DEVICE Real activate(int act, Real u, Real alpha) {
-    if (MAY_CURVE && is_curved(act)) return activate_curved(act, u);
+// act(u), of a curved activation or of a straight one; NaN passes, and relu(-inf) is 0.
+template <bool CURVED> DEVICE Real activate(int act, Real u, Real alpha) {
+    if (CURVED) return activate_curved(act, u);
     const Real below = act == RELU ? Real(0) : alpha * u;
     return u <= 0 ? below : u;
 }
 
 // act'(u)
-template <bool MAY_CURVE> DEVICE Real activation_slope(int act, Real u, Real alpha) {
-    if (MAY_CURVE && is_curved(act)) return slope_curved(act, u);
+template <bool CURVED> DEVICE Real activation_slope(int act, Real u, Real alpha) {
+    if (CURVED) return slope_curved(act, u);
     return u > 0 ? Real(1) : alpha;
 }
 

@@ -6,14 +6,8 @@
 #include "epilogue_params.cuh"
 #include "sums.cuh"
 
-constexpr int IN_FLIGHT = 4;  // vectors that a thread loads before it uses the first
-
-// Straight activations get code of their own, without a branch at every element.
-#define BY_CURVATURE(body, ...)          \
-    if (is_curved(p.operands.act))       \
-        body<true, __VA_ARGS__>(p);      \
-    else                                 \
-        body<false, __VA_ARGS__>(p)
+constexpr int IN_FLIGHT = 4;  // vectors that a thread fetches before it uses the first
+constexpr int PAIRS_IN_FLIGHT = 2;
 
 // --- rows: x [N, pixels, C]; a block is blockDim.x vectors of V channels by blockDim.y pixels ---
 
@@ -34,7 +28,7 @@ struct RowsPlace {
     }
 };
 
-template <bool MAY_CURVE, int V> DEVICE void epilogue_rows(const EpilogueParams& p) {
+template <bool CURVED, int V> DEVICE void epilogue_rows(const EpilogueParams& p) {
     const RowsPlace at(p, V);
     if (!at.active) return;
     Channels<V> channels;
@@ -42,26 +36,28 @@ template <bool MAY_CURVE, int V> DEVICE void epilogue_rows(const EpilogueParams&
     const Real strength = strength_of(p.operands);
     const int64 base = at.image * p.pixels * p.channels + at.channel;
     for (int64 pixel = at.first; pixel < at.last; pixel += IN_FLIGHT * blockDim.y) {
-        Real x[IN_FLIGHT][V], addend[IN_FLIGHT];
+        Vec<Scalar, V> raw[IN_FLIGHT];
+        Real noise[IN_FLIGHT];
         UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
-            const int64 row = pixel + k * blockDim.y;
-            if (row < at.last) {
-                load<V>(p.x + base + row * p.channels, x[k]);
-                addend[k] = strength * noise_at(p.operands, at.image, row);
-            }
+            const int64 row = smaller(pixel + k * blockDim.y, at.last - 1);  // the last again, rather than a branch
+            raw[k] = fetch<V>(p.x + base + row * p.channels);
+            noise[k] = noise_at(p.operands, at.image, row);
         }
         UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
             const int64 row = pixel + k * blockDim.y;
-            if (row >= at.last) continue;
-            forward<MAY_CURVE, V>(p.operands, channels, x[k], addend[k]);
-            multiply<V>(x[k], channels.next_scale);
-            store<V>(p.y + base + row * p.channels, x[k]);
+            Real x[V];
+            widen<V>(raw[k], x);
+            forward<CURVED, V>(p.operands, channels, x, strength * noise[k]);
+            multiply<V>(x, channels.next_scale);
+            if (row < at.last) store<V>(p.y + base + row * p.channels, x);
         }
     }
 }
 
-KERNEL(epilogue_rows_vector, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_rows, VECTOR); }
-KERNEL(epilogue_rows_single, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_rows, 1); }
+KERNEL(epilogue_rows_vector, EpilogueParams, THREADS) { epilogue_rows<false, VECTOR>(p); }
+KERNEL(epilogue_rows_single, EpilogueParams, THREADS) { epilogue_rows<false, 1>(p); }
+KERNEL(epilogue_curved_rows_vector, EpilogueParams, THREADS) { epilogue_rows<true, VECTOR>(p); }
+KERNEL(epilogue_curved_rows_single, EpilogueParams, THREADS) { epilogue_rows<true, 1>(p); }
 
 template <int V, class P> DEVICE void load_rgb_weight(const P& p, const RowsPlace& at, Real (&weight)[RGB][V]) {
     UNROLL for (int k = 0; k < RGB; k++) {
@@ -82,25 +78,25 @@ COOPERATIVE_KERNEL(epilogue_rgb_rows_vector, EpilogueParams, THREADS) {
     const int64 base = at.image * p.pixels * p.channels + at.channel;
     const int lanes = blockDim.x, pitch = lanes + 1, rows = blockDim.y;
     for (int64 start = at.first - threadIdx.y; start < at.last; start += IN_FLIGHT * rows) {
-        Real x[IN_FLIGHT][VECTOR], addend[IN_FLIGHT];
+        Vec<Scalar, VECTOR> raw[IN_FLIGHT];
+        Real noise[IN_FLIGHT];
         UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
-            const int64 row = start + threadIdx.y + k * rows;
-            if (row < at.last) {
-                load<VECTOR>(p.x + base + row * p.channels, x[k]);
-                addend[k] = strength * noise_at(p.operands, at.image, row);
-            }
+            const int64 row = smaller(start + threadIdx.y + k * rows, at.last - 1);
+            raw[k] = fetch<VECTOR>(p.x + base + row * p.channels);
+            noise[k] = noise_at(p.operands, at.image, row);
         }
         UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
             const int64 row = start + threadIdx.y + k * rows;
-            if (row >= at.last) continue;
-            forward<false, VECTOR>(p.operands, channels, x[k], addend[k]);
+            Real x[VECTOR];
+            widen<VECTOR>(raw[k], x);
+            forward<false, VECTOR>(p.operands, channels, x, strength * noise[k]);
             UNROLL for (int j = 0; j < RGB; j++) {
                 Real share = 0;
-                UNROLL for (int i = 0; i < VECTOR; i++) share += x[k][i] * weight[j][i];
+                UNROLL for (int i = 0; i < VECTOR; i++) share += x[i] * weight[j][i];
                 shares[((k * rows + threadIdx.y) * RGB + j) * pitch + threadIdx.x] = share;
             }
-            multiply<VECTOR>(x[k], channels.next_scale);
-            store<VECTOR>(p.y + base + row * p.channels, x[k]);
+            multiply<VECTOR>(x, channels.next_scale);
+            if (row < at.last) store<VECTOR>(p.y + base + row * p.channels, x);
         }
         __syncthreads();
         // Shares lie in the order of the image's pixels: the sums are consecutive in rgb.
@@ -114,16 +110,7 @@ COOPERATIVE_KERNEL(epilogue_rgb_rows_vector, EpilogueParams, THREADS) {
     }
 }
 
-// The same for a bias alone, from y: its sign tells that of x + bias.
-template <bool MAY_CURVE, int V>
-DEVICE void backward_by_output(const Operands& of, const Real (&y)[V], Real (&dy)[V], ChannelSums<V>& sums) {
-    UNROLL for (int i = 0; i < V; i++) {
-        dy[i] *= slope_of<MAY_CURVE>(of, y[i], y[i]);
-        sums.bias[i] += dy[i];
-    }
-}
-
-template <bool MAY_CURVE, int V, bool WITH_RGB> DEVICE void epilogue_backward_rows(const EpilogueBackwardParams& p) {
+template <bool CURVED, int V, bool WITH_RGB> DEVICE void epilogue_backward_rows(const EpilogueBackwardParams& p) {
     SHARED Real scratch[THREADS * V];
     const RowsPlace at(p, V);
     Channels<V> channels;
@@ -134,27 +121,38 @@ template <bool MAY_CURVE, int V, bool WITH_RGB> DEVICE void epilogue_backward_ro
         if (WITH_RGB) load_rgb_weight<V>(p, at, weight);
         const Real strength = strength_of(p.operands);
         const int64 base = at.image * p.pixels * p.channels + at.channel;
-        for (int64 pixel = at.first; pixel < at.last; pixel += blockDim.y) {
-            Real x[V], dy[V], dv[V] = {}, drgb[RGB] = {};
-            load<V>(p.ref + base + pixel * p.channels, x);
-            load<V>(p.dy + base + pixel * p.channels, dy);
-            if (p.ref_is_output) {
-                backward_by_output<MAY_CURVE, V>(p.operands, x, dy, sums);
-            } else {
+        for (int64 pixel = at.first; pixel < at.last; pixel += PAIRS_IN_FLIGHT * blockDim.y) {
+            Vec<Scalar, V> raw_x[PAIRS_IN_FLIGHT], raw_dy[PAIRS_IN_FLIGHT];
+            Real noise[PAIRS_IN_FLIGHT], drgb[PAIRS_IN_FLIGHT][RGB] = {};
+            UNROLL for (int k = 0; k < PAIRS_IN_FLIGHT; k++) {
+                const int64 row = smaller(pixel + k * blockDim.y, at.last - 1);
+                raw_x[k] = fetch<V>(p.ref + base + row * p.channels);
+                raw_dy[k] = fetch<V>(p.dy + base + row * p.channels);
+                noise[k] = noise_at(p.operands, at.image, row);
                 if (WITH_RGB) {
-                    UNROLL for (int k = 0; k < RGB; k++) {
-                        drgb[k] = p.drgb[(at.image * p.pixels + pixel) * RGB + k];
-                        UNROLL for (int i = 0; i < V; i++) dv[i] += drgb[k] * weight[k][i];
-                    }
-                }
-                const Real noise = noise_at(p.operands, at.image, pixel);
-                backward<MAY_CURVE, V>(p.operands, channels, x, dy, noise, strength, dv, sums);
-                if (WITH_RGB) {
-                    UNROLL for (int k = 0; k < RGB; k++)
-                        UNROLL for (int i = 0; i < V; i++) rgb_sums[k][i] += drgb[k] * dv[i];
+                    UNROLL for (int j = 0; j < RGB; j++) drgb[k][j] = p.drgb[(at.image * p.pixels + row) * RGB + j];
                 }
             }
-            store<V>(p.dx + base + pixel * p.channels, dy);
+            UNROLL for (int k = 0; k < PAIRS_IN_FLIGHT; k++) {
+                const int64 row = pixel + k * blockDim.y;
+                const bool again = row >= at.last;  // then nothing may be added to the sums
+                Real x[V], dy[V], dv[V] = {};
+                widen<V>(raw_x[k], x);
+                widen<V>(raw_dy[k], dy);
+                UNROLL for (int i = 0; i < V; i++) dy[i] = again ? Real(0) : dy[i];
+                if (WITH_RGB) {
+                    UNROLL for (int j = 0; j < RGB; j++) {
+                        drgb[k][j] = again ? Real(0) : drgb[k][j];
+                        UNROLL for (int i = 0; i < V; i++) dv[i] += drgb[k][j] * weight[j][i];
+                    }
+                }
+                backward<CURVED, V>(p.operands, channels, x, dy, noise[k], strength, dv, p.ref_is_output, sums);
+                if (WITH_RGB) {
+                    UNROLL for (int j = 0; j < RGB; j++)
+                        UNROLL for (int i = 0; i < V; i++) rgb_sums[j][i] += drgb[k][j] * dv[i];
+                }
+                if (!again) store<V>(p.dx + base + row * p.channels, dy);
+            }
         }
     }
     const int64 block = at.image * p.chunks + at.chunk;
@@ -167,10 +165,16 @@ template <bool MAY_CURVE, int V, bool WITH_RGB> DEVICE void epilogue_backward_ro
 }
 
 COOPERATIVE_KERNEL(epilogue_backward_rows_vector, EpilogueBackwardParams, THREADS) {
-    BY_CURVATURE(epilogue_backward_rows, NARROW, false);
+    epilogue_backward_rows<false, NARROW, false>(p);
 }
 COOPERATIVE_KERNEL(epilogue_backward_rows_single, EpilogueBackwardParams, THREADS) {
-    BY_CURVATURE(epilogue_backward_rows, 1, false);
+    epilogue_backward_rows<false, 1, false>(p);
+}
+COOPERATIVE_KERNEL(epilogue_backward_curved_rows_vector, EpilogueBackwardParams, THREADS) {
+    epilogue_backward_rows<true, NARROW, false>(p);
+}
+COOPERATIVE_KERNEL(epilogue_backward_curved_rows_single, EpilogueBackwardParams, THREADS) {
+    epilogue_backward_rows<true, 1, false>(p);
 }
 COOPERATIVE_KERNEL(epilogue_backward_rgb_rows_vector, EpilogueBackwardParams, THREADS) {
     epilogue_backward_rows<false, NARROW, true>(p);
@@ -195,7 +199,7 @@ struct PlanesPlace {
     }
 };
 
-template <bool MAY_CURVE, int V> DEVICE void epilogue_planes(const EpilogueParams& p) {
+template <bool CURVED, int V> DEVICE void epilogue_planes(const EpilogueParams& p) {
     const PlanesPlace at(p, V);
     if (!at.active) return;
     Channels<1> channel;
@@ -204,25 +208,26 @@ template <bool MAY_CURVE, int V> DEVICE void epilogue_planes(const EpilogueParam
     const int64 base = at.plane * p.pixels;
     const int step = blockDim.x * V;
     for (int64 start = at.first; start < at.last; start += IN_FLIGHT * step) {
-        Real x[IN_FLIGHT][V];
+        Vec<Scalar, V> raw[IN_FLIGHT];
+        UNROLL for (int k = 0; k < IN_FLIGHT; k++)
+            raw[k] = fetch<V>(p.x + base + smaller(start + k * step, at.last - V));
         UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
-            const int64 pixel = start + k * step;
-            if (pixel < at.last) load<V>(p.x + base + pixel, x[k]);
-        }
-        UNROLL for (int k = 0; k < IN_FLIGHT; k++) {
-            const int64 pixel = start + k * step;
-            if (pixel >= at.last) continue;
+            const int64 pixel = start + k * step, within = smaller(pixel, at.last - V);
+            Real x[V];
+            widen<V>(raw[k], x);
             UNROLL for (int i = 0; i < V; i++) {
-                const Real addend = strength * noise_at(p.operands, at.image, pixel + i) + channel.bias[0];
-                x[k][i] = output_of<MAY_CURVE>(p.operands, x[k][i], channel.scale[0], addend) * channel.next_scale[0];
+                const Real addend = strength * noise_at(p.operands, at.image, within + i) + channel.bias[0];
+                x[i] = output_of<CURVED>(p.operands, x[i], channel.scale[0], addend) * channel.next_scale[0];
             }
-            store<V>(p.y + base + pixel, x[k]);
+            if (pixel < at.last) store<V>(p.y + base + pixel, x);
         }
     }
 }
 
-KERNEL(epilogue_planes_vector, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_planes, VECTOR); }
-KERNEL(epilogue_planes_single, EpilogueParams, THREADS) { BY_CURVATURE(epilogue_planes, 1); }
+KERNEL(epilogue_planes_vector, EpilogueParams, THREADS) { epilogue_planes<false, VECTOR>(p); }
+KERNEL(epilogue_planes_single, EpilogueParams, THREADS) { epilogue_planes<false, 1>(p); }
+KERNEL(epilogue_curved_planes_vector, EpilogueParams, THREADS) { epilogue_planes<true, VECTOR>(p); }
+KERNEL(epilogue_curved_planes_single, EpilogueParams, THREADS) { epilogue_planes<true, 1>(p); }
 
 // Add up `value` over a block's columns, a power of two, and let the first of them write each row's sum.
 DEVICE void write_row_sum(Real* to, Real value, Real* scratch, bool active) {
@@ -238,7 +243,7 @@ DEVICE void write_row_sum(Real* to, Real value, Real* scratch, bool active) {
     __syncthreads();
 }
 
-template <bool MAY_CURVE, int V> DEVICE void epilogue_backward_planes(const EpilogueBackwardParams& p) {
+template <bool CURVED, int V> DEVICE void epilogue_backward_planes(const EpilogueBackwardParams& p) {
     SHARED Real scratch[THREADS];
     const PlanesPlace at(p, V);
     ChannelSums<1> sums;
@@ -247,22 +252,26 @@ template <bool MAY_CURVE, int V> DEVICE void epilogue_backward_planes(const Epil
         channel.load(p.operands, at.image, p.channels, at.channel);
         const Real strength = strength_of(p.operands);
         const int64 base = at.plane * p.pixels;
-        for (int64 pixel = at.first; pixel < at.last; pixel += blockDim.x * V) {
-            Real x[V], dy[V];
-            load<V>(p.ref + base + pixel, x);
-            load<V>(p.dy + base + pixel, dy);
-            UNROLL for (int i = 0; i < V; i++) {
-                Real dv[1] = {};
-                Real(&one_x)[1] = reinterpret_cast<Real(&)[1]>(x[i]);
-                Real(&one_dy)[1] = reinterpret_cast<Real(&)[1]>(dy[i]);
-                if (p.ref_is_output) {
-                    backward_by_output<MAY_CURVE, 1>(p.operands, one_x, one_dy, sums);
-                } else {
-                    const Real noise = noise_at(p.operands, at.image, pixel + i);
-                    backward<MAY_CURVE, 1>(p.operands, channel, one_x, one_dy, noise, strength, dv, sums);
-                }
+        const int step = blockDim.x * V;
+        for (int64 start = at.first; start < at.last; start += PAIRS_IN_FLIGHT * step) {
+            Vec<Scalar, V> raw_x[PAIRS_IN_FLIGHT], raw_dy[PAIRS_IN_FLIGHT];
+            UNROLL for (int k = 0; k < PAIRS_IN_FLIGHT; k++) {
+                const int64 pixel = smaller(start + k * step, at.last - V);
+                raw_x[k] = fetch<V>(p.ref + base + pixel);
+                raw_dy[k] = fetch<V>(p.dy + base + pixel);
             }
-            store<V>(p.dx + base + pixel, dy);
+            UNROLL for (int k = 0; k < PAIRS_IN_FLIGHT; k++) {
+                const int64 pixel = start + k * step, within = smaller(pixel, at.last - V);
+                const bool again = pixel >= at.last;
+                Real dx[V];
+                UNROLL for (int i = 0; i < V; i++) {
+                    const Real x[1] = {widen(raw_x[k].at[i])}, noise = noise_at(p.operands, at.image, within + i);
+                    Real dy[1] = {again ? Real(0) : widen(raw_dy[k].at[i])}, dv[1] = {};
+                    backward<CURVED, 1>(p.operands, channel, x, dy, noise, strength, dv, p.ref_is_output, sums);
+                    dx[i] = dy[0];
+                }
+                if (!again) store<V>(p.dx + base + pixel, dx);
+            }
         }
     }
     const int64 index = at.plane * p.chunks + at.chunk;
@@ -274,8 +283,14 @@ template <bool MAY_CURVE, int V> DEVICE void epilogue_backward_planes(const Epil
 }
 
 COOPERATIVE_KERNEL(epilogue_backward_planes_vector, EpilogueBackwardParams, THREADS) {
-    BY_CURVATURE(epilogue_backward_planes, VECTOR);
+    epilogue_backward_planes<false, VECTOR>(p);
 }
 COOPERATIVE_KERNEL(epilogue_backward_planes_single, EpilogueBackwardParams, THREADS) {
-    BY_CURVATURE(epilogue_backward_planes, 1);
+    epilogue_backward_planes<false, 1>(p);
+}
+COOPERATIVE_KERNEL(epilogue_backward_curved_planes_vector, EpilogueBackwardParams, THREADS) {
+    epilogue_backward_planes<true, VECTOR>(p);
+}
+COOPERATIVE_KERNEL(epilogue_backward_curved_planes_single, EpilogueBackwardParams, THREADS) {
+    epilogue_backward_planes<true, 1>(p);
 }

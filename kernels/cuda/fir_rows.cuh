@@ -53,7 +53,8 @@ DEVICE int64 pixel_offset(int64 image, int row, int column, int h, int w, int ch
     return ((image * h + row) * w + column) * channels;
 }
 
-// `Stage` gives inputs, load(row, column, x[V]), and takes outputs, emit(row, column, out[V]).
+// `Stage` says where inputs lie, input(row, column), what becomes of them, enter(row, column, inside, x[V]), and takes
+// outputs, emit(row, column, out[V]).
 template <int V, int UP, int DOWN, int TAPS, class Stage>
 DEVICE void fir_rows(const FirParams& p, const FirPlace& at, Stage& stage) {
     static_assert(UP * DOWN <= 2, "general factors have a kernel of their own");
@@ -70,11 +71,15 @@ DEVICE void fir_rows(const FirParams& p, const FirPlace& at, Stage& stage) {
         UNROLL for (int r = 0; r < DOWN; r++) {
             const int in_row = row + step * DOWN + r;
             if (in_row < 0 || in_row >= p.in_h) continue;
+            Vec<Scalar, V> raw[SPAN] = {};
+            UNROLL for (int j = 0; j < SPAN; j++) {
+                if (column + j >= 0 && column + j < p.in_w) raw[j] = fetch<V>(stage.input(in_row, column + j));
+            }
             Real filtered[2][V] = {};
             UNROLL for (int j = 0; j < SPAN; j++) {
-                if (column + j < 0 || column + j >= p.in_w) continue;
                 Real x[V];
-                stage.load(in_row, column + j, x);
+                widen<V>(raw[j], x);
+                stage.enter(in_row, column + j, column + j >= 0 && column + j < p.in_w, x);
                 UNROLL for (int e = 0; e < 2; e++) {
                     const int k = UP == 2 ? 2 * j + 1 - e : j - e * DOWN;
                     if (k < 0 || k >= TAPS) continue;
@@ -122,6 +127,6 @@ template <int V> struct PlainStage {
 
     DEVICE const Scalar* input(int row, int column) const { return x + (int64(row) * in_w + column) * channels; }
     DEVICE Scalar* output(int row, int column) const { return y + (int64(row) * out_w + column) * channels; }
-    DEVICE void load(int row, int column, Real (&to)[V]) const { ::load<V>(input(row, column), to); }
+    DEVICE void enter(int, int, bool, Real (&)[V]) const {}
     DEVICE void emit(int row, int column, const Real (&out)[V]) const { store<V>(output(row, column), out); }
 };

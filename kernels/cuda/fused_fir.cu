@@ -8,16 +8,15 @@
 
 constexpr int TAPS = 4;
 
-// What the gradient needs of an activation, in two bits.
+// What the gradient needs of an activation, in two bits. A byte holds those of a thread's channels.
 enum Code { NEGATIVE, POSITIVE, CLAMPED };
-constexpr int CODES_PER_BYTE = VECTOR < 4 ? VECTOR : 4;
 
 struct FusedFirParams {
     FirParams fir;
     Operands operands;
     Sums sums;            // [N, blocks, C] each
     const Scalar* dy;     // of the gradients
-    unsigned char* codes; // [N, H, W, C / CODES_PER_BYTE], of the activations
+    unsigned char* codes; // [N, H, W, C / NARROW], of the activations
 };
 
 // --- FIR, then epilogue ---
@@ -68,8 +67,8 @@ struct FirEpilogueBackwardStage : PlainStage<NARROW> {
         const int64 pixel = int64(row) * out_w + column;
         const Real noise = noise_at(operands, image, pixel);
         Real gradient[NARROW], v[NARROW] = {};
-        ::load<NARROW>(dy + pixel * channels, gradient);
-        backward<false, NARROW>(operands, operand_of, out, gradient, noise, strength, v, sums);
+        widen<NARROW>(fetch<NARROW>(dy + pixel * channels), gradient);
+        backward<false, NARROW>(operands, operand_of, out, gradient, noise, strength, v, false, sums);
         store<NARROW>(output(row, column), gradient);
     }
 };
@@ -85,42 +84,40 @@ COOPERATIVE_KERNEL(fir_epilogue_backward, FusedFirParams, THREADS) {
 // --- activation, then FIR ---
 
 DEVICE int64 code_offset(const FirParams& p, int64 image, int row, int column, int channel, int h, int w) {
-    return (pixel_offset(image, row, column, h, w, p.channels) + channel) / CODES_PER_BYTE;
+    return (pixel_offset(image, row, column, h, w, p.channels) + channel) / NARROW;
 }
 
 // A block reads inputs beyond its own rows and columns; the codes of each are written where it is the thread's own.
-struct ActFirStage : PlainStage<VECTOR> {
+struct ActFirStage : PlainStage<NARROW> {
     const FusedFirParams& p;
     const FirPlace& at;
-    Real bias[VECTOR];
+    Real bias[NARROW];
 
     DEVICE ActFirStage(const FusedFirParams& params, const FirPlace& place)
-        : PlainStage<VECTOR>(params.fir, place), p(params), at(place) {
-        UNROLL for (int i = 0; i < VECTOR; i++) bias[i] = p.operands.bias ? p.operands.bias[at.channel + i] : Real(0);
+        : PlainStage<NARROW>(params.fir, place), p(params), at(place) {
+        UNROLL for (int i = 0; i < NARROW; i++) bias[i] = p.operands.bias ? p.operands.bias[at.channel + i] : Real(0);
     }
 
-    DEVICE void load(int row, int column, Real (&to)[VECTOR]) const {
-        PlainStage<VECTOR>::load(row, column, to);
+    DEVICE void enter(int row, int column, bool inside, Real (&x)[NARROW]) const {
         unsigned codes = 0;
-        UNROLL for (int i = 0; i < VECTOR; i++) {
-            const Real u = to[i] + bias[i];
+        UNROLL for (int i = 0; i < NARROW; i++) {
+            const Real u = x[i] + bias[i];
             const Real a = p.operands.gain * activate<false>(p.operands.act, u, p.operands.alpha);
             const bool clamped = a >= p.operands.clamp || a <= -p.operands.clamp;
-            to[i] = clamped ? limit(a, p.operands.clamp) : a;
+            x[i] = inside ? limit(a, p.operands.clamp) : Real(0);
             codes |= unsigned(clamped ? CLAMPED : (u > 0 ? POSITIVE : NEGATIVE)) << 2 * i;
         }
-        if (column >> 1 != at.pair || row < at.line || row >= at.line_end) return;
-        unsigned char* place = p.codes + code_offset(p.fir, at.image, row, column, at.channel, p.fir.in_h, p.fir.in_w);
-        UNROLL for (int i = 0; i < VECTOR / CODES_PER_BYTE; i++)
-            place[i] = static_cast<unsigned char>(codes >> 2 * CODES_PER_BYTE * i);
+        if (!inside || column >> 1 != at.pair || row < at.line || row >= at.line_end) return;
+        p.codes[code_offset(p.fir, at.image, row, column, at.channel, p.fir.in_h, p.fir.in_w)] =
+            static_cast<unsigned char>(codes);
     }
 };
 
 KERNEL(act_fir, FusedFirParams, THREADS) {
-    const FirPlace at(p.fir, VECTOR);
+    const FirPlace at(p.fir, NARROW);
     if (!at.active) return;
     ActFirStage stage(p, at);
-    fir_rows<VECTOR, 1, 1, TAPS>(p.fir, at, stage);
+    fir_rows<NARROW, 1, 1, TAPS>(p.fir, at, stage);
 }
 
 // fir.x is dy here and fir.y dx: the transposed filter, then the activation's slope.
@@ -133,10 +130,9 @@ struct ActFirBackwardStage : PlainStage<NARROW> {
         : PlainStage<NARROW>(params.fir, place), p(params), at(place) {}
 
     DEVICE void emit(int row, int column, Real (&out)[NARROW]) {
-        const unsigned char* codes =
-            p.codes + code_offset(p.fir, at.image, row, column, at.channel, p.fir.out_h, p.fir.out_w);
+        const unsigned codes = p.codes[code_offset(p.fir, at.image, row, column, at.channel, p.fir.out_h, p.fir.out_w)];
         UNROLL for (int i = 0; i < NARROW; i++) {
-            const unsigned code = codes[i / CODES_PER_BYTE] >> 2 * (i % CODES_PER_BYTE) & 3;
+            const unsigned code = codes >> 2 * i & 3;
             out[i] *= code == CLAMPED ? Real(0) : p.operands.gain * (code == POSITIVE ? Real(1) : p.operands.alpha);
             sums.bias[i] += out[i];
         }

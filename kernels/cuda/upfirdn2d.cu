@@ -59,7 +59,7 @@ DEVICE void load_tile(const FirPlanesParams& p, const Scalar* plane, Real (&tile
         Real values[V] = {};
         // A vector begins at a multiple of V, as the row's end does: it lies inside or outside as a whole.
         if (row + y >= 0 && row + y < p.in_h && column + x >= 0 && column + x < p.in_w)
-            load<V>(plane + int64(row + y) * p.in_w + column + x, values);
+            widen<V>(fetch<V>(plane + int64(row + y) * p.in_w + column + x), values);
         UNROLL for (int k = 0; k < V; k++) tile[y][x + k] = values[k];
     }
 }
