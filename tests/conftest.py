@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["WANDB_MODE"] = "offline"  # no test reaches a server, whoever is logged in on this machine
 os.environ["WANDB_SILENT"] = "true"
 os.environ.pop("STYLEPIPE_DEBUG", None)  # tests expect messages where it would show tracebacks
+
+_OWN_KERNEL_CACHE = None
+if "STYLEPIPE_KERNEL_CACHE" not in os.environ:  # workers inherit it: what one compiles, all have
+    _OWN_KERNEL_CACHE = os.environ["STYLEPIPE_KERNEL_CACHE"] = tempfile.mkdtemp(prefix="stylepipe-test-kernels-")
+
+
+def pytest_unconfigure() -> None:
+    if _OWN_KERNEL_CACHE is not None:
+        shutil.rmtree(_OWN_KERNEL_CACHE, ignore_errors=True)
 
 
 def pytest_configure() -> None:

@@ -15,6 +15,9 @@ import torch
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.prepare import prepare
+from stylepipe.kernels.build import BuildError
+from stylepipe.kernels.nvcc import find_nvcc
+from stylepipe.kernels.nvrtc import find_nvrtc
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,6 +58,8 @@ def made_small(command: str) -> str:
         return command.replace("make ", "make --dry-run ")
     if command.startswith("pip install"):
         return f"{sys.executable} -m {command} --dry-run --no-deps --no-build-isolation --quiet"
+    if "kernels build" in command:
+        return command.replace("--arch 80,90,100", "--arch 90")
     if "prepare" in command:
         return command.replace("SHARDS", "SHARDS-OF-THIS-TEST").replace("--res 1024", "--res 16")
     if "train" in command:
@@ -64,19 +69,33 @@ def made_small(command: str) -> str:
     return command
 
 
+def has_gpu_compiler() -> bool:
+    for find in (find_nvcc, find_nvrtc):
+        try:
+            find()
+        except BuildError:
+            continue
+        return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_runs(command, place):
+    if "kernels build" in command and not has_gpu_compiler():
+        pytest.skip("needs nvcc or NVRTC")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "STYLEPIPE_CACHE": str(place / "cache"),
+        "STYLEPIPE_KERNEL_CACHE": str(place / "kernel-cache"),
         "OMP_NUM_THREADS": "1",
     }
     result = subprocess.run(
         made_small(command), shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=500
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    found_problems = "doctor" in command and "problem" in result.stdout  # of the machine the tests run on
+    assert result.returncode == 0 or found_problems, result.stdout + result.stderr
     if "--out grid.png" in command:
         assert (place / "grid.png").exists()
 

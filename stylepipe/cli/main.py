@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "make images with a trained network",
     "bench": "measure the speed of this machine",
     "kernels": "compile the CUDA kernels ahead of time; list or remove compiled ones",
+    "doctor": "tell what this machine has for training, and what to do about what is not in order",
 }
 
 # What the file system answers to a user's path, anywhere.
