@@ -1,4 +1,4 @@
-"""`stylepipe bench step` prints seconds per kimg as its last line and keeps its figures."""
+"""`stylepipe bench step` and `bytes` print their figure as the last line and keep it; a file is tried beforehand."""
 
 import json
 import re
@@ -31,3 +31,27 @@ def test_the_last_line_is_the_figure_and_the_file_holds_it(tmp_path, capsys):
 def test_mistakes_are_named(more, named, capsys):
     assert main([*STEP, *more]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_folder_is_no_file_for_figures(tmp_path, capsys):
+    assert main(["bench", "bytes", "--json", str(tmp_path)]) == 2
+    assert f"--json {tmp_path}: cannot write there (Is a directory)" in capsys.readouterr().err
+
+
+def test_bytes_amortise_the_lazy_phases(tmp_path, capsys):
+    path = tmp_path / "bytes.json"
+    assert main(["bench", "bytes", "--res", "16", "--precision", "fp32", "--json", str(path)]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    figures = json.loads(path.read_text())["bytes_per_image"]["16"]
+    intervals = {"G/main": 1, "G/path_length": 4, "D/main": 1, "D/r1": 16}
+    assert [phase["name"] for phase in figures["with_kernels"]] == list(intervals)
+
+    def step(form, kind):
+        phases = figures[form]
+        return sum((p["loss"][kind] + p["gradient"][kind]) / intervals[p["name"]] for p in phases) / 1e6
+
+    expected = [step("without_kernels", "passes"), step("with_kernels", "passes"), step("with_kernels", "convolutions")]
+    assert [float(number) for number in last.removeprefix("  16 px a step").split()] == pytest.approx(
+        expected, abs=0.06
+    )
+    assert expected[1] < expected[0]
