@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from stylepipe.kernels.native import Library, library
@@ -20,6 +22,14 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def in_own_type(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Keep autocast from changing the type that PyTorch's operations compute in, as it keeps out of kernels."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def compiled(source: str, x: torch.Tensor, act: str = "linear") -> Library | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stylepipe.kernels._epilogue import makes_rgb, run_backward, run_forward, view_of
 from stylepipe.kernels._fir import Geometry, fits_fused, run_fir_epilogue, run_fir_epilogue_backward
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, in_own_type, memory_format_of
 from stylepipe.kernels._operands import Operands
 from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp, keeps_sign
 from stylepipe.kernels.native import Library
@@ -96,7 +96,8 @@ def styled_act_rgb(
 def per_pixel_dot(v: Tensor, weight: Tensor) -> Tensor:
     """Return [N, K, H, W], channels_last: v [N, C, H, W] weighted by [N, K, C] and summed, in the weight's type."""
     pixels = v.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, C], a view where channels_last
-    return (pixels @ weight.transpose(1, 2)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
+    with in_own_type(v):
+        return (pixels @ weight.transpose(1, 2)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
 
 
 class _Tensors(NamedTuple):
@@ -215,9 +216,10 @@ def _gradient(dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, 
     dv = _modulated(dy, of.next_scale)
     if drgb is not None and of.rgb_weight is not None:
         pixels = drgb.permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, K]
-        dv = dv + (pixels @ of.rgb_weight).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2).to(v.dtype)
-        if "rgb_weight" in names:
-            found["rgb_weight"] = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
+        with in_own_type(v):
+            dv = dv + (pixels @ of.rgb_weight).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2).to(v.dtype)
+            if "rgb_weight" in names:
+                found["rgb_weight"] = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
     if of.next_scale is not None and "next_scale" in names:
         found["next_scale"] = (dy * v).to(of.next_scale.dtype).sum((2, 3))
     act = (options.act, options.alpha, options.gain, options.clamp)

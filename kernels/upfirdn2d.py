@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe.kernels._fir import Geometry, run_upfirdn2d
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, in_own_type, memory_format_of
 
 Pair = int | Sequence[int]
 
@@ -64,7 +64,7 @@ def expand_pair(value: Pair, name: str) -> tuple[int, int]:
 
 def expand_padding(padding: Pair) -> tuple[int, int, int, int]:
     """Return (x0, x1, y0, y1) of one number, (x, y) or all four."""
-    if isinstance(padding, int):
+    if isinstance(padding, (int, torch.SymInt)):
         return padding, padding, padding, padding
     if len(padding) == 2:
         x, y = padding
@@ -126,18 +126,29 @@ def _forward(
         (upx, upy), (downx, downy), (x0, x1, y0, y1) = up, down, padding
         geometry = Geometry((upx, upy), (downx, downy), (x0, x1, y0, y1), flip_filter, gain, height, width)
         return run_upfirdn2d(kernels, x.contiguous(memory_format=memory_format), f, geometry)
+    with in_own_type(x):
+        y = _forward_in_torch(x, f, up, down, padding, flip_filter, gain)
+    return y.contiguous(memory_format=memory_format)
+
+
+def _forward_in_torch(
+    x: torch.Tensor,
+    f: torch.Tensor,
+    up: list[int],
+    down: list[int],
+    padding: list[int],
+    flip_filter: bool,
+    gain: float,
+) -> torch.Tensor:
     f = f.to(x.dtype)
     if f.ndim == 1:
         f = torch.outer(f, f)  # two separable passes lose to one depthwise convolution
     if gain != 1:
         f = f * gain
     if up == [1, 1]:
-        y = _filter_down(x, f if flip_filter else f.flip([0, 1]), down, padding)
-    else:
-        y = _filter_up(x, f.flip([0, 1]) if flip_filter else f, up, padding)
-        if down != [1, 1]:
-            y = y[:, :, :: down[1], :: down[0]]
-    return y.contiguous(memory_format=memory_format)
+        return _filter_down(x, f if flip_filter else f.flip([0, 1]), down, padding)
+    y = _filter_up(x, f.flip([0, 1]) if flip_filter else f, up, padding)
+    return y if down == [1, 1] else y[:, :, :: down[1], :: down[0]]
 
 
 def _filter_down(x: torch.Tensor, f: torch.Tensor, down: list[int], padding: list[int]) -> torch.Tensor:

@@ -50,7 +50,7 @@ template <bool WITH_RGB> void forward(const EpilogueParams& p, const ImageOperan
     Real r = 0, g = 0, b = 0;
 #pragma omp simd reduction(+ : r, g, b)
     for (int c = 0; c < channels; c++) {
-        const Real v = output_of<false>(of, widen(x[c]), scale[c], addend + bias[c]);
+        const Real v = straight_response(of, widen(x[c]) * scale[c] + (addend + bias[c]), false).v;
         if (WITH_RGB) {
             r += v * red[c];
             g += v * green[c];
@@ -96,18 +96,17 @@ void backward(const EpilogueBackwardParams& p, const ImageOperands& image_of, Re
     for (int c = 0; c < channels; c++) {
         const Real value = widen(x[c]), gradient = widen(dy[c]);
         const Real u = value * scale[c] + (noise * strength + bias[c]);
-        const Real a = of.gain * activate<false>(of.act, u, of.alpha);
-        const Real v = limit(a, of.clamp);
+        const Response at = straight_response(of, u, false);
         const Real beside = WITH_RGB ? r * red[c] + g * green[c] + b * blue[c] : 0;
-        const Real du = (gradient * next[c] + beside) * slope_of<false>(of, u, a);
+        const Real du = at.slope == 0 ? 0 : (gradient * next[c] + beside) * at.slope;
         dscale[c] += du * value;
         dbias[c] += du;
-        dnext[c] += gradient * v;
+        dnext[c] += gradient * at.v;
         dstrength[c] += du * noise;
         if (WITH_RGB) {
-            dred[c] += r * v;
-            dgreen[c] += g * v;
-            dblue[c] += b * v;
+            dred[c] += r * at.v;
+            dgreen[c] += g * at.v;
+            dblue[c] += b * at.v;
         }
         narrow(du * scale[c], dx[c]);
     }
@@ -121,7 +120,8 @@ void backward_by_output(const EpilogueBackwardParams& p, Real* dbias, int64 imag
     Scalar* dx = p.dx + base;
 #pragma omp simd
     for (int c = 0; c < p.channels; c++) {
-        const Real v = widen(y[c]), du = widen(dy[c]) * slope_of<false>(of, v, v);
+        const Real slope = straight_response(of, widen(y[c]), true).slope;
+        const Real du = slope == 0 ? 0 : widen(dy[c]) * slope;
         dbias[c] += du;
         narrow(du, dx[c]);
     }

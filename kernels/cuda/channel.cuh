@@ -59,41 +59,54 @@ DEVICE Real noise_at(const Operands& of, int64 image, int64 pixel) {
 
 DEVICE Real strength_of(const Operands& of) { return of.noise_strength ? *of.noise_strength : Real(0); }
 
-// v, of which y is a multiple. `addend` is noise * noise_strength.
-template <bool CURVED> DEVICE Real output_of(const Operands& of, Real x, Real scale, Real addend) {
-    return limit(of.gain * activate<CURVED>(of.act, x * scale + addend, of.alpha), of.clamp);
+// v and dv/du at u. The slope is 0 where v is clamped.
+struct Response {
+    Real v, slope;
+    bool clamped;
+};
+
+DEVICE Response respond(Real a, Real slope, Real clamp) {
+    const bool clamped = fabs(a) >= clamp;
+    return {clamped ? copysign(clamp, a) : a, clamped ? Real(0) : slope, clamped};
 }
 
-// dv/du, zero where v is clamped; `a` is v before the clamp.
-template <bool CURVED> DEVICE Real slope_of(const Operands& of, Real u, Real a) {
-    const Real slope = of.gain * activation_slope<CURVED>(of.act, u, of.alpha);
-    return a >= of.clamp || a <= -of.clamp ? Real(0) : slope;
+// A straight activation is a factor on either side of 0. NaN passes, and relu(-inf) is 0. With `by_output`, u is v, whose
+// sign is the same.
+DEVICE Response straight_response(const Operands& of, Real u, bool by_output) {
+    const Real factor = u <= 0 ? of.gain * of.alpha : of.gain;
+    const Real a = by_output ? u : (factor == 0 ? Real(0) : u * factor);
+    return respond(a, factor, of.clamp);
+}
+
+template <bool CURVED> DEVICE Response response_of(const Operands& of, Real u, bool by_output = false) {
+    if (!CURVED) return straight_response(of, u, by_output);
+    return respond(of.gain * activate_curved(of.act, u), of.gain * slope_curved(of.act, u), of.clamp);
+}
+
+// Turn x into v. `addend` is noise * noise_strength.
+template <bool CURVED, int V>
+DEVICE void forward(const Operands& of, const Channels<V>& channels, Real (&x)[V], Real addend) {
+    UNROLL for (int i = 0; i < V; i++)
+        x[i] = response_of<CURVED>(of, x[i] * channels.scale[i] + (addend + channels.bias[i])).v;
 }
 
 // Turn dy into dx, and add to the sums over pixels. `dv` is what reaches v besides, through rgb; it becomes v. With
-// `by_output`, x is y instead, of a straight activation and at most a bias: its sign tells that of u.
+// `by_output`, x is y instead, of a straight activation and at most a bias.
 template <bool CURVED, int V>
 DEVICE void backward(const Operands& of, const Channels<V>& channels, const Real (&x)[V], Real (&dy)[V], Real noise,
                      Real strength, Real (&dv)[V], bool by_output, ChannelSums<V>& sums) {
     UNROLL for (int i = 0; i < V; i++) {
         const Real u = x[i] * channels.scale[i] + (noise * strength + channels.bias[i]);
-        const Real a = by_output ? u : of.gain * activate<CURVED>(of.act, u, of.alpha);
-        const Real v = limit(a, of.clamp);
-        const Real du = (dy[i] * channels.next_scale[i] + dv[i]) * slope_of<CURVED>(of, u, a);
+        const Response at = response_of<CURVED>(of, u, by_output);
+        // Selected rather than multiplied: nothing passes a slope of 0, not even infinity.
+        const Real du = at.slope == 0 ? Real(0) : (dy[i] * channels.next_scale[i] + dv[i]) * at.slope;
         sums.scale[i] += du * x[i];
         sums.bias[i] += du;
-        sums.next_scale[i] += dy[i] * v;
+        sums.next_scale[i] += dy[i] * at.v;
         sums.noise_strength[i] += du * noise;
         dy[i] = du * channels.scale[i];
-        dv[i] = v;
+        dv[i] = at.v;
     }
-}
-
-// Turn x into v.
-template <bool CURVED, int V>
-DEVICE void forward(const Operands& of, const Channels<V>& channels, Real (&x)[V], Real addend) {
-    UNROLL for (int i = 0; i < V; i++)
-        x[i] = output_of<CURVED>(of, x[i], channels.scale[i], addend + channels.bias[i]);
 }
 
 template <int V> DEVICE void multiply(Real (&x)[V], const Real (&by)[V]) {

@@ -40,9 +40,9 @@ using Real = RealOf<Scalar>::type;
 
 #ifdef STYLEPIPE_HOST
 DEVICE float widen(float16 value) { return shim::float16_to_float(value.bits); }
-DEVICE void narrow(float value, float16& narrow) { narrow.bits = shim::float_to_float16(value); }
+DEVICE void narrow(float value, float16& to) { to.bits = shim::float_to_float16(value); }
 DEVICE float widen(bfloat16 value) { return shim::float_of(std::uint32_t(value.bits) << 16); }
-DEVICE void narrow(float value, bfloat16& narrow) { narrow.bits = shim::float_to_bfloat16(value); }
+DEVICE void narrow(float value, bfloat16& to) { to.bits = shim::float_to_bfloat16(value); }
 #else
 DEVICE float widen(float16 value) {
     float wide;
@@ -50,25 +50,25 @@ DEVICE float widen(float16 value) {
     return wide;
 }
 
-DEVICE void narrow(float value, float16& narrow) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value)); }
+DEVICE void narrow(float value, float16& to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value)); }
 
 DEVICE float widen(bfloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
 
-DEVICE void narrow(float value, bfloat16& narrow) {
+DEVICE void narrow(float value, bfloat16& to) {
 #if __CUDA_ARCH__ >= 800
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(value));
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
 #else
     const unsigned bits = __float_as_uint(value);
     // Round to nearest even; a NaN must not round to infinity.
-    narrow.bits = (value != value) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    to.bits = (value != value) ? 0x7fff : static_cast<unsigned short>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 #endif
 }
 #endif
 
 DEVICE float widen(float value) { return value; }
 DEVICE double widen(double value) { return value; }
-DEVICE void narrow(float value, float& narrow) { narrow = value; }
-DEVICE void narrow(double value, double& narrow) { narrow = value; }
+DEVICE void narrow(float value, float& to) { to = value; }
+DEVICE void narrow(double value, double& to) { to = value; }
 
 // --- vectors ---
 
@@ -93,6 +93,11 @@ template <typename T> DEVICE void store_once(void* to, const T& value) {
 #else
 // One instruction per vector, through the read-only path. Volatile, so that it stays where it is written: a compiler
 // would rather fetch each vector just before its use, one after the other.
+DEVICE void fetch_word(const void* from, unsigned char& word) {
+    unsigned wide;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(wide) : "l"(from));
+    word = static_cast<unsigned char>(wide);
+}
 DEVICE void fetch_word(const void* from, unsigned short& word) {
     asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(word) : "l"(from));
 }
@@ -109,6 +114,7 @@ DEVICE void fetch_word(const void* from, uint4& word) {
 }
 
 template <int bytes> struct Word;
+template <> struct Word<1> { using type = unsigned char; };
 template <> struct Word<2> { using type = unsigned short; };
 template <> struct Word<4> { using type = unsigned; };
 template <> struct Word<8> { using type = uint2; };
@@ -142,7 +148,7 @@ DEVICE int larger(int a, int b) { return a > b ? a : b; }
 
 // --- activations ---
 
-// In the order of ACTIVATIONS in kernels/_epilogue.py.
+// In the order of the table in kernels/bias_act.py.
 enum Activation { LINEAR, RELU, LRELU, TANH, SIGMOID, ELU, SELU, SOFTPLUS, SWISH };
 
 constexpr double SELU_SCALE = 1.0507009873554804934193349852946;
@@ -152,8 +158,8 @@ constexpr double SOFTPLUS_LINEAR = 20;  // from here on log(1 + exp(u)) is u in 
 DEVICE Real logistic(Real u) { return Real(1) / (Real(1) + exp(-u)); }
 
 // LINEAR (alpha 1), RELU (alpha 0) and LRELU are straight on both sides of 0; all others are curved.
-DEVICE bool is_curved(int act) { return act > LRELU; }
 
+// act(u)
 DEVICE Real activate_curved(int act, Real u) {
     switch (act) {
         case TANH: return tanh(u);
@@ -165,6 +171,7 @@ DEVICE Real activate_curved(int act, Real u) {
     }
 }
 
+// act'(u)
 DEVICE Real slope_curved(int act, Real u) {
     switch (act) {
         case TANH: { const Real t = tanh(u); return 1 - t * t; }
@@ -175,19 +182,3 @@ DEVICE Real slope_curved(int act, Real u) {
         default: { const Real s = logistic(u); return s * (1 + u * (1 - s)); }  // SWISH
     }
 }
-
-// act(u), of a curved activation or of a straight one; NaN passes, and relu(-inf) is 0.
-template <bool CURVED> DEVICE Real activate(int act, Real u, Real alpha) {
-    if (CURVED) return activate_curved(act, u);
-    const Real below = act == RELU ? Real(0) : alpha * u;
-    return u <= 0 ? below : u;
-}
-
-// act'(u)
-template <bool CURVED> DEVICE Real activation_slope(int act, Real u, Real alpha) {
-    if (CURVED) return slope_curved(act, u);
-    return u > 0 ? Real(1) : alpha;
-}
-
-// Limit the magnitude; NaN passes, as in torch.
-DEVICE Real limit(Real value, Real clamp) { return value < -clamp ? -clamp : (value > clamp ? clamp : value); }

@@ -217,7 +217,7 @@ template <bool CURVED, int V> DEVICE void epilogue_planes(const EpilogueParams& 
             widen<V>(raw[k], x);
             UNROLL for (int i = 0; i < V; i++) {
                 const Real addend = strength * noise_at(p.operands, at.image, within + i) + channel.bias[0];
-                x[i] = output_of<CURVED>(p.operands, x[i], channel.scale[0], addend) * channel.next_scale[0];
+                x[i] = response_of<CURVED>(p.operands, x[i] * channel.scale[0] + addend).v * channel.next_scale[0];
             }
             if (pixel < at.last) store<V>(p.y + base + pixel, x);
         }

@@ -53,69 +53,91 @@ DEVICE int64 pixel_offset(int64 image, int row, int column, int h, int w, int ch
     return ((image * h + row) * w + column) * channels;
 }
 
-// `Stage` says where inputs lie, input(row, column), what becomes of them, enter(row, column, inside, x[V]), and takes
-// outputs, emit(row, column, out[V]).
+// Which tap meets which sample; -1 for none.
+template <int UP, int DOWN, int TAPS> struct Factors {
+    static_assert(UP * DOWN <= 2, "general factors have a kernel of their own");
+    static constexpr int DEPTH = TAPS / (UP * DOWN);               // lines that one input row reaches
+    static constexpr int SPAN = UP == 2 ? TAPS / 2 : TAPS + DOWN;  // input columns that two output columns read
+
+    // Of input column j of the span, for output column e of the pair.
+    static DEVICE constexpr int across(int j, int e) {
+        return UP == 2 ? 2 * j + 1 - e : (j >= e * DOWN && j - e * DOWN < TAPS ? j - e * DOWN : -1);
+    }
+
+    // Of the step's input row r, for row u of the t-th pending line, the oldest first.
+    static DEVICE constexpr int down(int r, int t, int u) {
+        return UP == 2 ? 2 * (DEPTH - 1 - t) + 1 - u : (DEPTH - 1 - t) * DOWN + r;
+    }
+};
+
+// Filter one input row across: out[e] of two output columns, from the span of input columns that begins at `column`.
+template <int V, class F, class Stage, int TAPS>
+DEVICE void filter_across(const FirParams& p, Stage& stage, const Real (&f)[TAPS], int row, int column, Real (&out)[2][V]) {
+    const Scalar* from = stage.input(row, column);
+    Vec<Scalar, V> raw[F::SPAN] = {};
+    UNROLL for (int j = 0; j < F::SPAN; j++) {
+        if (column + j >= 0 && column + j < p.in_w) raw[j] = fetch<V>(from + j * p.channels);
+    }
+    UNROLL for (int j = 0; j < F::SPAN; j++) {
+        Real x[V];
+        widen<V>(raw[j], x);
+        stage.enter(row, column + j, column + j >= 0 && column + j < p.in_w, x);
+        UNROLL for (int e = 0; e < 2; e++) {
+            if (F::across(j, e) < 0) continue;
+            UNROLL for (int i = 0; i < V; i++) out[e][i] += f[F::across(j, e)] * x[i];
+        }
+    }
+}
+
+// `Stage` says where an input lies, input(row, column), and what becomes of it, enter(row, column, inside, x[V]). It
+// takes outputs, emit(row, column, beside, out[V]); what it reads for one, prepare(row, column), is fetched first.
 template <int V, int UP, int DOWN, int TAPS, class Stage>
 DEVICE void fir_rows(const FirParams& p, const FirPlace& at, Stage& stage) {
-    static_assert(UP * DOWN <= 2, "general factors have a kernel of their own");
-    constexpr int DEPTH = TAPS / (UP * DOWN);                // lines that one input row reaches
-    constexpr int SPAN = UP == 2 ? TAPS / 2 : TAPS + DOWN;  // input columns that two output columns read
+    using F = Factors<UP, DOWN, TAPS>;
     Real f[TAPS];
     load_taps<TAPS>(p, f);
     const int column = UP == 2 ? at.pair + p.first_pair_x : 2 * at.pair * DOWN - p.pad_x;
     const int row = UP == 2 ? at.line + p.first_pair_y : at.line * DOWN - p.pad_y;
     const int out_column = UP == 2 ? 2 * column - 1 + p.pad_x : 2 * at.pair;
-    Real pending[DEPTH][UP][2][V] = {};
-    UNROLL_BY((DEPTH <= 4 ? DEPTH : 1))
-    for (int step = 0; step < at.line_end - at.line + DEPTH - 1; step++) {
+    Real pending[F::DEPTH][UP][2][V] = {};
+    UNROLL_BY((F::DEPTH <= 4 ? F::DEPTH : 1))
+    for (int step = 0; step < at.line_end - at.line + F::DEPTH - 1; step++) {
+        const int line = step - (F::DEPTH - 1);  // which is finished after this step
+        const int out_row = UP == 2 ? 2 * (row + line) - 1 + p.pad_y : at.line + line;
+        bool wanted[UP][2];
+        typename Stage::Beside beside[UP][2];
+        UNROLL for (int u = 0; u < UP; u++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                wanted[u][e] = line >= 0 && out_row + u >= 0 && out_row + u < p.out_h && out_column + e >= 0 &&
+                               out_column + e < p.out_w;
+                if (wanted[u][e]) beside[u][e] = stage.prepare(out_row + u, out_column + e);
+            }
         UNROLL for (int r = 0; r < DOWN; r++) {
             const int in_row = row + step * DOWN + r;
             if (in_row < 0 || in_row >= p.in_h) continue;
-            Vec<Scalar, V> raw[SPAN] = {};
-            UNROLL for (int j = 0; j < SPAN; j++) {
-                if (column + j >= 0 && column + j < p.in_w) raw[j] = fetch<V>(stage.input(in_row, column + j));
-            }
             Real filtered[2][V] = {};
-            UNROLL for (int j = 0; j < SPAN; j++) {
-                Real x[V];
-                widen<V>(raw[j], x);
-                stage.enter(in_row, column + j, column + j >= 0 && column + j < p.in_w, x);
-                UNROLL for (int e = 0; e < 2; e++) {
-                    const int k = UP == 2 ? 2 * j + 1 - e : j - e * DOWN;
-                    if (k < 0 || k >= TAPS) continue;
-                    UNROLL for (int i = 0; i < V; i++) filtered[e][i] += f[k] * x[i];
-                }
-            }
-            UNROLL for (int t = 0; t < DEPTH; t++)
-                UNROLL for (int u = 0; u < UP; u++) {
-                    const int k = UP == 2 ? 2 * (DEPTH - 1 - t) + 1 - u : (DEPTH - 1 - t) * DOWN + r;
+            filter_across<V, F>(p, stage, f, in_row, column, filtered);
+            UNROLL for (int t = 0; t < F::DEPTH; t++)
+                UNROLL for (int u = 0; u < UP; u++)
                     UNROLL for (int e = 0; e < 2; e++)
-                        UNROLL for (int i = 0; i < V; i++) pending[t][u][e][i] += f[k] * filtered[e][i];
-                }
-        }
-        if (step >= DEPTH - 1) {
-            const int line = step - (DEPTH - 1);
-            UNROLL for (int u = 0; u < UP; u++) {
-                const int out_row = UP == 2 ? 2 * (row + line) - 1 + p.pad_y + u : at.line + line;
-                if (out_row < 0 || out_row >= p.out_h) continue;
-                UNROLL for (int e = 0; e < 2; e++) {
-                    if (out_column + e < 0 || out_column + e >= p.out_w) continue;
-                    UNROLL for (int i = 0; i < V; i++) pending[0][u][e][i] *= p.gain;
-                    stage.emit(out_row, out_column + e, pending[0][u][e]);
-                }
-            }
+                        UNROLL for (int i = 0; i < V; i++) pending[t][u][e][i] += f[F::down(r, t, u)] * filtered[e][i];
         }
         UNROLL for (int u = 0; u < UP; u++)
-            UNROLL for (int e = 0; e < 2; e++)
+            UNROLL for (int e = 0; e < 2; e++) {
+                UNROLL for (int i = 0; i < V; i++) pending[0][u][e][i] *= p.gain;
+                if (wanted[u][e]) stage.emit(out_row + u, out_column + e, beside[u][e], pending[0][u][e]);
                 UNROLL for (int i = 0; i < V; i++) {
-                    UNROLL for (int t = 0; t < DEPTH - 1; t++) pending[t][u][e][i] = pending[t + 1][u][e][i];
-                    pending[DEPTH - 1][u][e][i] = 0;
+                    UNROLL for (int t = 0; t < F::DEPTH - 1; t++) pending[t][u][e][i] = pending[t + 1][u][e][i];
+                    pending[F::DEPTH - 1][u][e][i] = 0;
                 }
+            }
     }
 }
 
 // Reads x and writes y, as they are.
 template <int V> struct PlainStage {
+    struct Beside {};
+
     const Scalar* x;
     Scalar* y;
     int in_w, out_w, channels;
@@ -128,5 +150,6 @@ template <int V> struct PlainStage {
     DEVICE const Scalar* input(int row, int column) const { return x + (int64(row) * in_w + column) * channels; }
     DEVICE Scalar* output(int row, int column) const { return y + (int64(row) * out_w + column) * channels; }
     DEVICE void enter(int, int, bool, Real (&)[V]) const {}
-    DEVICE void emit(int row, int column, const Real (&out)[V]) const { store<V>(output(row, column), out); }
+    DEVICE Beside prepare(int, int) const { return {}; }
+    DEVICE void emit(int row, int column, Beside, const Real (&out)[V]) const { store<V>(output(row, column), out); }
 };

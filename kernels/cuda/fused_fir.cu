@@ -22,6 +22,8 @@ struct FusedFirParams {
 // --- FIR, then epilogue ---
 
 struct FirEpilogueStage : PlainStage<NARROW> {
+    struct Beside { Real noise; };
+
     const Operands& operands;
     Channels<NARROW> operand_of;
     Real strength;
@@ -29,12 +31,15 @@ struct FirEpilogueStage : PlainStage<NARROW> {
 
     DEVICE FirEpilogueStage(const FusedFirParams& p, const FirPlace& at)
         : PlainStage<NARROW>(p.fir, at), operands(p.operands), strength(strength_of(p.operands)), image(at.image) {
-        operand_of.load(operands, at.image, p.fir.channels, at.channel);
+        if (at.active) operand_of.load(operands, at.image, p.fir.channels, at.channel);
     }
 
-    DEVICE void emit(int row, int column, Real (&out)[NARROW]) const {
-        const Real addend = strength * noise_at(operands, image, int64(row) * out_w + column);
-        forward<false, NARROW>(operands, operand_of, out, addend);
+    DEVICE Beside prepare(int row, int column) const {
+        return {noise_at(operands, image, int64(row) * out_w + column)};
+    }
+
+    DEVICE void emit(int row, int column, Beside beside, Real (&out)[NARROW]) const {
+        forward<false, NARROW>(operands, operand_of, out, strength * beside.noise);
         multiply<NARROW>(out, operand_of.next_scale);
         store<NARROW>(output(row, column), out);
     }
@@ -48,27 +53,28 @@ KERNEL(fir_epilogue, FusedFirParams, THREADS) {
 }
 
 // Writes the gradient by FIR(x), which the transposed filter takes on to x.
-struct FirEpilogueBackwardStage : PlainStage<NARROW> {
-    const Operands& operands;
+struct FirEpilogueBackwardStage : FirEpilogueStage {
+    struct Beside {
+        Real noise;
+        Vec<Scalar, NARROW> dy;
+    };
+
     const Scalar* dy;
-    Channels<NARROW> operand_of;
     ChannelSums<NARROW> sums;
-    Real strength;
-    int64 image;
 
     DEVICE FirEpilogueBackwardStage(const FusedFirParams& p, const FirPlace& at)
-        : PlainStage<NARROW>(p.fir, at), operands(p.operands),
-          dy(p.dy + pixel_offset(at.image, 0, 0, p.fir.out_h, p.fir.out_w, p.fir.channels) + at.channel),
-          strength(strength_of(p.operands)), image(at.image) {
-        if (at.active) operand_of.load(operands, at.image, p.fir.channels, at.channel);
+        : FirEpilogueStage(p, at),
+          dy(p.dy + pixel_offset(at.image, 0, 0, p.fir.out_h, p.fir.out_w, p.fir.channels) + at.channel) {}
+
+    DEVICE Beside prepare(int row, int column) const {
+        const int64 pixel = int64(row) * out_w + column;
+        return {noise_at(operands, image, pixel), fetch<NARROW>(dy + pixel * channels)};
     }
 
-    DEVICE void emit(int row, int column, Real (&out)[NARROW]) {
-        const int64 pixel = int64(row) * out_w + column;
-        const Real noise = noise_at(operands, image, pixel);
+    DEVICE void emit(int row, int column, const Beside& beside, const Real (&out)[NARROW]) {
         Real gradient[NARROW], v[NARROW] = {};
-        widen<NARROW>(fetch<NARROW>(dy + pixel * channels), gradient);
-        backward<false, NARROW>(operands, operand_of, out, gradient, noise, strength, v, false, sums);
+        widen<NARROW>(beside.dy, gradient);
+        backward<false, NARROW>(operands, operand_of, out, gradient, beside.noise, strength, v, false, sums);
         store<NARROW>(output(row, column), gradient);
     }
 };
@@ -91,25 +97,25 @@ DEVICE int64 code_offset(const FirParams& p, int64 image, int row, int column, i
 struct ActFirStage : PlainStage<NARROW> {
     const FusedFirParams& p;
     const FirPlace& at;
-    Real bias[NARROW];
+    Channels<NARROW> operand_of;
 
     DEVICE ActFirStage(const FusedFirParams& params, const FirPlace& place)
         : PlainStage<NARROW>(params.fir, place), p(params), at(place) {
-        UNROLL for (int i = 0; i < NARROW; i++) bias[i] = p.operands.bias ? p.operands.bias[at.channel + i] : Real(0);
+        operand_of.load(p.operands, at.image, p.fir.channels, at.channel);
     }
 
     DEVICE void enter(int row, int column, bool inside, Real (&x)[NARROW]) const {
+        const bool own = inside && column >> 1 == at.pair && row >= at.line && row < at.line_end;
         unsigned codes = 0;
         UNROLL for (int i = 0; i < NARROW; i++) {
-            const Real u = x[i] + bias[i];
-            const Real a = p.operands.gain * activate<false>(p.operands.act, u, p.operands.alpha);
-            const bool clamped = a >= p.operands.clamp || a <= -p.operands.clamp;
-            x[i] = inside ? limit(a, p.operands.clamp) : Real(0);
-            codes |= unsigned(clamped ? CLAMPED : (u > 0 ? POSITIVE : NEGATIVE)) << 2 * i;
+            const Real u = x[i] + operand_of.bias[i];
+            const Response response = straight_response(p.operands, u, false);
+            codes |= unsigned(response.clamped ? CLAMPED : (u > 0 ? POSITIVE : NEGATIVE)) << 2 * i;
+            x[i] = inside ? response.v : Real(0);
         }
-        if (!inside || column >> 1 != at.pair || row < at.line || row >= at.line_end) return;
-        p.codes[code_offset(p.fir, at.image, row, column, at.channel, p.fir.in_h, p.fir.in_w)] =
-            static_cast<unsigned char>(codes);
+        if (own)
+            p.codes[code_offset(p.fir, at.image, row, column, at.channel, p.fir.in_h, p.fir.in_w)] =
+                static_cast<unsigned char>(codes);
     }
 };
 
@@ -122,6 +128,8 @@ KERNEL(act_fir, FusedFirParams, THREADS) {
 
 // fir.x is dy here and fir.y dx: the transposed filter, then the activation's slope.
 struct ActFirBackwardStage : PlainStage<NARROW> {
+    struct Beside { unsigned char codes; };
+
     const FusedFirParams& p;
     const FirPlace& at;
     ChannelSums<NARROW> sums;
@@ -129,11 +137,16 @@ struct ActFirBackwardStage : PlainStage<NARROW> {
     DEVICE ActFirBackwardStage(const FusedFirParams& params, const FirPlace& place)
         : PlainStage<NARROW>(params.fir, place), p(params), at(place) {}
 
-    DEVICE void emit(int row, int column, Real (&out)[NARROW]) {
-        const unsigned codes = p.codes[code_offset(p.fir, at.image, row, column, at.channel, p.fir.out_h, p.fir.out_w)];
+    DEVICE Beside prepare(int row, int column) const {
+        return {load_once<unsigned char>(
+            p.codes + code_offset(p.fir, at.image, row, column, at.channel, p.fir.out_h, p.fir.out_w))};
+    }
+
+    DEVICE void emit(int row, int column, Beside beside, Real (&out)[NARROW]) {
         UNROLL for (int i = 0; i < NARROW; i++) {
-            const unsigned code = codes >> 2 * i & 3;
-            out[i] *= code == CLAMPED ? Real(0) : p.operands.gain * (code == POSITIVE ? Real(1) : p.operands.alpha);
+            const int code = beside.codes >> 2 * i & 3;
+            const Real slope = code == POSITIVE ? p.operands.gain : p.operands.gain * p.operands.alpha;
+            out[i] = code == CLAMPED || slope == 0 ? Real(0) : out[i] * slope;
             sums.bias[i] += out[i];
         }
         store<NARROW>(output(row, column), out);

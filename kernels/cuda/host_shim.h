@@ -23,8 +23,10 @@
 #define UNROLL
 #define UNROLL_BY(times)
 
+using std::copysign;
 using std::exp;
 using std::expm1;
+using std::fabs;
 using std::log1p;
 using std::tanh;
 
@@ -43,7 +45,7 @@ inline ShimIndex index_in(unsigned flat, const unsigned size[3]) {
     return {flat % size[0], flat / size[0] % size[1], flat / (size[0] * size[1])};
 }
 
-constexpr std::size_t STACK_BYTES = 256 * 1024;
+constexpr std::size_t STACK_BYTES = 64 * 1024;
 
 template <typename Params> struct Block {
     void (*body)(const Params&);
