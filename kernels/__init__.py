@@ -1,15 +1,21 @@
 """Custom ops of GAN training, registered with torch.library under the namespace `stylepipe`.
 
-Every registered op has one interface whatever runs underneath: a PyTorch implementation for all devices, which a
-device's own kernel may override under the same name, a fake implementation for shape propagation and torch.compile,
-and a gradient that is itself made of differentiable ops, so that R1 and path length regularization work.
+Every op has one interface whatever runs underneath: compiled kernels where they can be had, else PyTorch's operations;
+a fake implementation for shape propagation and torch.compile; and a gradient that is itself made of differentiable ops,
+so that R1 and path length regularization work.
+
+The modules, in the order to read them:
+    ops: filters, bias_act, upfirdn2d, styled_act (and _styled_composed), act_fir, conv2d; _library is their namespace
+    running kernels: _operands (the structs of the source), _epilogue, _fir; the source is in cuda/ and cpu/
+    compiling and loading kernels: native (which to use), build and cache, nvrtc, nvcc, gxx, driver, host
 """
 
+from stylepipe.kernels._styled_composed import per_pixel_dot
 from stylepipe.kernels.act_fir import act_fir
 from stylepipe.kernels.bias_act import activation_gain, bias_act
 from stylepipe.kernels.conv2d import conv2d
 from stylepipe.kernels.filters import downsample2d, filter2d, setup_filter, upsample2d
-from stylepipe.kernels.styled_act import per_pixel_dot, styled_act, styled_act_rgb
+from stylepipe.kernels.styled_act import styled_act, styled_act_rgb
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 __all__ = [

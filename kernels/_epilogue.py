@@ -16,7 +16,7 @@ from stylepipe.kernels._operands import RGB, SUMS, Operands, pack, pointer, real
 from stylepipe.kernels.native import Library, stream_of
 
 _IN_FLIGHT = 4  # as in cuda/epilogue.cu
-_BLOCKS_WANTED = 2048  # enough to fill any GPU
+_BLOCKS_WANTED = 1024  # enough to fill any GPU
 _MOST_ROUNDS = 8  # of _IN_FLIGHT vectors, before a thread has done enough
 _PIXELS_ON_CPU = (16, 256)  # the fewest and the most that a block holds, with all their channels
 
@@ -43,12 +43,13 @@ def view_of(x: Tensor) -> View:
     return View(n, c, h * w, rows=memory_format_of(x) == torch.channels_last)
 
 
-def view_along(x: Tensor, dim: int | None) -> View:
+def view_along(library: Library, x: Tensor, dim: int | None) -> View:
     """View x, contiguous or (`dim` being 1) channels_last, with its channels along `dim`; None for none."""
+    if dim is None and library.threads > 1:
+        return View(1, 1, x.numel(), rows=False)
     if memory_format_of(x) == torch.channels_last:
         return View(1, x.shape[1], x.numel() // x.shape[1], rows=True)
-    if dim is None:
-        return View(1, 1, x.numel(), rows=False)
+    assert dim is not None  # kernels for a CPU are asked for channels_last alone
     size = x.shape[dim]
     pixels = math.prod(x.shape[dim + 1 :])
     if pixels == 1:
@@ -63,24 +64,22 @@ def makes_rgb(library: Library, x: Tensor, rgb_weight: Tensor) -> bool:
     if library.threads == 1:
         return True
     vectors, rest = divmod(x.shape[1], _lanes(library, x.dtype))
-    fits = rest == 0 and vectors > 1 and x.shape[1] // narrow_lanes(library, x.dtype) <= library.threads
-    return fits and x.data_ptr() % library.vector_bytes == 0
+    return rest == 0 and vectors > 1 and x.shape[1] // narrow_lanes(library, x.dtype) <= library.threads
 
 
 def run_forward(library: Library, x: Tensor, view: View, operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """Return y like x, and rgb [N, P, RGB] if operands.rgb_weight is given, which makes_rgb must allow."""
+    """Return y like x, not empty, and rgb [N, P, RGB] if operands.rgb_weight is given, which makes_rgb must allow."""
     operands = operands.prepared(x.dtype)
+    rgb = None
+    if operands.rgb_weight is not None:  # by vectors only
+        x = aligned(library, x)
+        rgb = x.new_empty(view.images, view.pixels, RGB, dtype=real_of(x.dtype))
     y = torch.empty_like(x)
-    with_rgb = operands.rgb_weight is not None
-    rgb = x.new_empty(view.images, view.pixels, RGB, dtype=real_of(x.dtype)) if with_rgb else None
-    if x.numel() == 0:
-        return y, rgb
-    work = _Work.of(library, view, (x, y), _lanes(library, x.dtype), sums=False)
+    work = _Work.of(library, view, (x, y), _lanes(library, x.dtype))
     params = structures(real_of(x.dtype)).forward(
         x.data_ptr(), y.data_ptr(), pointer(rgb), pack(operands, x.dtype), *work.place(view)
     )  # fmt: skip
-    kernel = f"epilogue_{_kind(operands, with_rgb)}{work.name}"
-    library.launch(kernel, work.grid, work.block, params, stream_of(x.device))
+    library.launch(f"epilogue_{_kind(operands, rgb)}{work.name}", work.grid, work.block, params, stream_of(x.device))
     return y, rgb
 
 
@@ -107,24 +106,29 @@ def run_backward(
     """
     operands = operands.prepared(ref.dtype)
     if ref_is_output and operands.clamp is not None:  # y was limited, then rounded: the limit is the rounded one
-        operands = operands._replace(clamp=torch.tensor(operands.clamp, dtype=ref.dtype).item())
+        rounded = torch.tensor(operands.clamp, dtype=ref.dtype, device="cpu")
+        operands = operands._replace(clamp=rounded.item())
     if drgb is not None:  # by vectors only
-        dy = aligned(library, dy)
+        dy, ref = aligned(library, dy), aligned(library, ref)
     real = real_of(ref.dtype)
     dx = torch.empty_like(ref)
     lanes = narrow_lanes(library, ref.dtype) if view.rows else _lanes(library, ref.dtype)
-    work = _Work.of(library, view, (dy, ref, dx), lanes, sums=True)
-    shapes = {name: work.partial_shape(view, name) for name in SUMS if name in wanted}
-    partial = {name: torch.empty(shape, dtype=real, device=ref.device) for name, shape in shapes.items()}
-    if ref.numel() > 0:
-        params = structures(real).backward(
-            dy.data_ptr(), ref.data_ptr(), dx.data_ptr(), pointer(drgb), pack(operands, ref.dtype),
-            structures(real).sums(*(pointer(partial.get(name)) for name in SUMS)),
-            *work.place(view), ref_is_output,
-        )  # fmt: skip
-        kernel = f"epilogue_backward_{_kind(operands, drgb is not None)}{work.name}"
-        library.launch(kernel, work.grid, work.block, params, stream_of(ref.device))
-    return Backward(dx, {name: tensor.sum(1 if view.rows else 2) for name, tensor in partial.items()})
+    work = _Work.of(library, view, (dy, ref, dx), lanes)
+    names = [name for name in SUMS if name in wanted and name != "rgb_weight"]
+    partial = ref.new_empty(len(names), *work.partial_shape(view), dtype=real)
+    sums = dict(zip(names, partial, strict=True))
+    if "rgb_weight" in wanted:
+        sums["rgb_weight"] = ref.new_empty(view.images, work.chunks, RGB, view.channels, dtype=real)
+    params = structures(real).backward(
+        dy.data_ptr(), ref.data_ptr(), dx.data_ptr(), pointer(drgb), pack(operands, ref.dtype),
+        structures(real).sums(*(pointer(sums.get(name)) for name in SUMS)), *work.place(view), ref_is_output,
+    )  # fmt: skip
+    kernel = f"epilogue_backward_{_kind(operands, drgb)}{work.name}"
+    library.launch(kernel, work.grid, work.block, params, stream_of(ref.device))
+    found = dict(zip(names, partial.sum(2 if view.rows else 3), strict=True))
+    if "rgb_weight" in wanted:
+        found["rgb_weight"] = sums["rgb_weight"].sum(1)
+    return Backward(dx, found)
 
 
 class _Work(NamedTuple):
@@ -138,32 +142,33 @@ class _Work(NamedTuple):
     pixels_per_block: int
 
     @classmethod
-    def of(cls, library: Library, view: View, tensors: tuple[Tensor, ...], lanes: int, *, sums: bool) -> _Work:
+    def of(cls, library: Library, view: View, tensors: tuple[Tensor, ...], lanes: int) -> _Work:
         inner = view.channels if view.rows else view.pixels
-        aligned = all(tensor.data_ptr() % library.vector_bytes == 0 for tensor in tensors)
-        vectors = inner % lanes == 0 and aligned
-        cut = _cut_rows if view.rows else _cut_planes
+        vectors = inner % lanes == 0 and all(is_aligned(library, tensor) for tensor in tensors)
+        lanes = lanes if vectors else 1
         name = f"{'rows' if view.rows else 'planes'}_{'vector' if vectors else 'single'}"
-        return cls(name, *cut(view, inner // lanes if vectors else inner, lanes if vectors else 1, library.threads))
+        if view.rows:
+            return cls(name, *_cut_rows(view, inner // lanes, library.threads))
+        return cls(name, *_cut_planes(view, inner // lanes, lanes, library.threads))
 
     def place(self, view: View) -> tuple[int, ...]:
         """Return the fields that end both structs."""
         return view.images, view.pixels, view.channels, self.tiles, self.chunks, self.pixels_per_block
 
-    def partial_shape(self, view: View, name: str) -> tuple[int, ...]:
-        if not view.rows:
-            return view.images, view.channels, self.chunks
-        colours = (RGB,) if name == "rgb_weight" else ()
-        return view.images, self.chunks, *colours, view.channels
+    def partial_shape(self, view: View) -> tuple[int, ...]:
+        """Return the shape of the blocks' shares of one sum."""
+        if view.rows:
+            return view.images, self.chunks, view.channels
+        return view.images, view.channels, self.chunks
 
 
-def _kind(operands: Operands, with_rgb: bool) -> str:
+def _kind(operands: Operands, rgb: Tensor | None) -> str:
     if operands.act not in STRAIGHT:
         return "curved_"
-    return "rgb_" if with_rgb else ""
+    return "" if rgb is None else "rgb_"
 
 
-def _cut_rows(view: View, vectors: int, lanes: int, threads: int) -> tuple[Any, ...]:
+def _cut_rows(view: View, vectors: int, threads: int) -> tuple[Any, ...]:
     """Cut along pixels, and along channels where they are more than a block's threads."""
     if threads == 1:
         fewest, most = _PIXELS_ON_CPU
@@ -196,7 +201,12 @@ def _chunks(pixels: int, at_once: int, blocks: int) -> tuple[int, int]:
 
 def aligned(library: Library, tensor: Tensor) -> Tensor:
     """Return the tensor, copied if its vectors do not lie at multiples of their size, as in some views."""
-    return tensor if tensor.data_ptr() % library.vector_bytes == 0 else tensor.clone()
+    return tensor if is_aligned(library, tensor) else tensor.clone()
+
+
+def is_aligned(library: Library, tensor: Tensor) -> bool:
+    """Tell whether a tensor begins at a multiple of a vector's size."""
+    return tensor.data_ptr() % library.vector_bytes == 0
 
 
 def narrow_lanes(library: Library, dtype: torch.dtype) -> int:

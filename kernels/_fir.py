@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._epilogue import Backward, aligned, narrow_lanes
+from stylepipe.kernels._epilogue import Backward, aligned, is_aligned, narrow_lanes
 from stylepipe.kernels._library import memory_format_of
 from stylepipe.kernels._operands import SUMS, Operands, pack, pointer, real_number, real_of, structure, structures
 from stylepipe.kernels.native import Library, stream_of
@@ -23,6 +23,7 @@ _TILED_FACTORS = ((1, 1), (2, 1), (1, 2))  # (up, down), the same along both axe
 _LINES_PER_STRIP = (32, 16, 8, 4)  # the first that leaves enough threads; a strip reads up to 3 rows of its neighbours
 _THREADS_WANTED = 2**17  # fills any GPU
 _GENERAL_BLOCKS = 2**16
+_MOST_BLOCKS_YZ = 65535  # of a grid
 _TILE_HEIGHT = 16
 
 
@@ -38,19 +39,29 @@ class Geometry(NamedTuple):
     out_w: int
 
 
+def plain_geometry(x: Tensor, f: Tensor, padding: int, gain: float = 1) -> Geometry:
+    """Return the geometry of a filter f [taps] without resampling, padded alike on all sides of x."""
+    height, width = (size + 2 * padding + 1 - f.numel() for size in x.shape[2:])
+    return Geometry((1, 1), (1, 1), (padding,) * 4, False, gain, height, width)
+
+
+def transposed_padding(f: Tensor, padding: int) -> int:
+    """Return the padding of the transposed filter, which takes the gradient back to x."""
+    return f.shape[-1] - 1 - padding
+
+
 def run_upfirdn2d(library: Library, x: Tensor, f: Tensor, geometry: Geometry) -> Tensor:
     """Return upfirdn2d of x [N, C, H, W], contiguous or channels_last, in its format; f is [taps] or [fh, fw]."""
     n, c, _, _ = x.shape
     memory_format = memory_format_of(x)
     shape = (n, c, geometry.out_h, geometry.out_w)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    if y.numel() == 0:
-        return y
     f = f.to(dtype=real_of(x.dtype), device=x.device).contiguous()
     taps = _tiled_taps(f, geometry)
     rows = memory_format == torch.channels_last
-    if taps is None or x.numel() == 0 or (rows and n > 65535):
-        kernel, grid, block, params = _general(x, y, f, geometry, rows)
+    too_many = n > _MOST_BLOCKS_YZ if rows else n * c * _tiles(y) >= 2**31
+    if taps is None or too_many:
+        kernel, grid, block, params = _general(library, x, y, f, geometry, rows)
     elif rows:
         kernel, grid, block, params = _rows(library, x, y, f, geometry, taps)
     else:
@@ -66,7 +77,7 @@ def fits_fused(library: Library, x: Tensor, f: Tensor) -> bool:
         and f.numel() == FUSED_TAPS
         and x.ndim == 4
         and memory_format_of(x) == torch.channels_last
-        and 0 < x.shape[0] <= 65535
+        and 0 < x.shape[0] <= _MOST_BLOCKS_YZ
         and x.shape[1] % narrow_lanes(library, x.dtype) == 0
     )
 
@@ -90,7 +101,7 @@ def run_fir_epilogue_backward(
 def run_act_fir(
     library: Library, x: Tensor, f: Tensor, geometry: Geometry, operands: Operands
 ) -> tuple[Tensor, Tensor]:
-    """Return FIR(act(x + b)) and the codes [N, H, W, C / 4] uint8 of what the gradient needs of the activation."""
+    """Return FIR(act(x + b)) and the codes [N, H, W, C / 4] uint8 (C / 2 for float64) that the gradient needs."""
     y = _empty_rows(x, geometry)
     n, c, h, w = x.shape
     codes = torch.empty(n, h, w, c // narrow_lanes(library, x.dtype), dtype=torch.uint8, device=x.device)
@@ -144,8 +155,9 @@ def _cut(library: Library, x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, 
     groups = -(-pairs // columns)
     threads_per_line = n * pairs * vectors
     strip = next((s for s in _LINES_PER_STRIP if threads_per_line * lines >= s * _THREADS_WANTED), _LINES_PER_STRIP[-1])
+    strip = max(strip, -(-lines // _MOST_BLOCKS_YZ))
     params = _fir_structures(real_of(x.dtype)).rows(
-        x.data_ptr(), y.data_ptr(), f.data_ptr(), geometry.gain, n, c, h, w, geometry.out_h, geometry.out_w,
+        x.data_ptr(), y.data_ptr(), f.data_ptr(), geometry.gain, c, h, w, geometry.out_h, geometry.out_w,
         f.numel(), geometry.flip_filter, x0, y0, first_x, first_y, lines, strip, tiles,
     )  # fmt: skip
     return _Rows((groups * tiles, -(-lines // strip), n), (across, columns, 1), params)
@@ -161,8 +173,7 @@ def _pairs(pad: int, size: int, up: int) -> tuple[int, int]:
 
 def _rows(library: Library, x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, taps: int) -> tuple[Any, ...]:
     lanes = library.vector_bytes // x.dtype.itemsize
-    aligned = all(tensor.data_ptr() % library.vector_bytes == 0 for tensor in (x, y))
-    vectors = taps == _TILED_TAPS[0] and x.shape[1] % lanes == 0 and aligned
+    vectors = taps == _TILED_TAPS[0] and x.shape[1] % lanes == 0 and is_aligned(library, x) and is_aligned(library, y)
     grid, block, params = _cut(library, x, y, f, geometry, lanes if vectors else 1)
     kernel = f"upfirdn2d_rows_{'vector' if vectors else 'single'}_{geometry.up[0]}_{geometry.down[0]}_{taps}"
     return kernel, grid, block, params
@@ -189,40 +200,50 @@ def _run_fused(
     n, c = x.shape[:2]
     tiles = params.tiles
     shape = (n, grid[1] * grid[0] // tiles, c)
-    partial = {name: torch.empty(shape, dtype=real, device=x.device) for name in SUMS if name in wanted}
+    names = [name for name in SUMS if name in wanted]
+    partial = x.new_empty(len(names), *shape, dtype=real)
+    sums = dict(zip(names, partial, strict=True))
     whole = _fir_structures(real).fused(
-        params, pack(operands, x.dtype), structures(real).sums(*(pointer(partial.get(name)) for name in SUMS)),
+        params, pack(operands, x.dtype), structures(real).sums(*(pointer(sums.get(name)) for name in SUMS)),
         pointer(dy), pointer(codes),
     )  # fmt: skip
     library.launch(kernel, grid, block, whole, stream_of(x.device))
-    return {name: tensor.sum(1) for name, tensor in partial.items()}
+    return dict(zip(names, partial.sum(2), strict=True))
 
 
 # --- kernels for contiguous tensors, and for everything else ---
 
 
+def _tile_width(dtype: torch.dtype) -> int:
+    return 32 if dtype == torch.float64 else 64  # TILE_W in the source
+
+
+def _tiles(y: Tensor) -> int:
+    return -(-y.shape[3] // _tile_width(y.dtype)) * -(-y.shape[2] // _TILE_HEIGHT)
+
+
 def _planes(library: Library, x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, taps: int) -> tuple[Any, ...]:
     n, c, h, w = x.shape
     x0, _, y0, _ = geometry.padding
-    width = 32 if x.dtype == torch.float64 else 64  # TILE_W in the source
-    tiles_x, tiles_y = -(-geometry.out_w // width), -(-geometry.out_h // _TILE_HEIGHT)
-    aligned = x.data_ptr() % library.vector_bytes == 0 and w * x.dtype.itemsize % library.vector_bytes == 0
+    tiles_x = -(-geometry.out_w // _tile_width(x.dtype))
+    whole_rows = is_aligned(library, x) and w * x.dtype.itemsize % library.vector_bytes == 0
     params = _fir_structures(real_of(x.dtype)).planes(
         x.data_ptr(), y.data_ptr(), f.data_ptr(), geometry.gain, h, w, geometry.out_h, geometry.out_w,
-        f.numel(), geometry.flip_filter, x0, y0, tiles_x, tiles_y, aligned,
+        f.numel(), geometry.flip_filter, x0, y0, tiles_x, _tiles(y) // tiles_x, whole_rows,
     )  # fmt: skip
     kernel = f"upfirdn2d_planes_{geometry.up[0]}_{geometry.down[0]}_{taps}"
-    return kernel, (tiles_x * tiles_y * n * c, 1, 1), (library.threads, 1, 1), params
+    return kernel, (_tiles(y) * n * c, 1, 1), (library.threads, 1, 1), params
 
 
-def _general(x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, rows: bool) -> tuple[Any, ...]:
-    n, c, h, w = x.shape
+def _general(library: Library, x: Tensor, y: Tensor, f: Tensor, geometry: Geometry, rows: bool) -> tuple[Any, ...]:
+    _, c, h, w = x.shape
     x0, _, y0, _ = geometry.padding
     params = _fir_structures(real_of(x.dtype)).general(
-        x.data_ptr(), y.data_ptr(), f.data_ptr(), geometry.gain, y.numel(), n, c, h, w, geometry.out_h, geometry.out_w,
+        x.data_ptr(), y.data_ptr(), f.data_ptr(), geometry.gain, y.numel(), c, h, w, geometry.out_h, geometry.out_w,
         f.shape[0], f.shape[-1], f.ndim == 1, geometry.flip_filter, *geometry.up, *geometry.down, x0, y0, rows,
     )  # fmt: skip
-    return "upfirdn2d_general", (min(-(-y.numel() // 256), _GENERAL_BLOCKS), 1, 1), (256, 1, 1), params
+    blocks = min(-(-y.numel() // library.threads), _GENERAL_BLOCKS)
+    return "upfirdn2d_general", (blocks, 1, 1), (library.threads, 1, 1), params
 
 
 class _FirStructures(NamedTuple):
@@ -235,26 +256,26 @@ class _FirStructures(NamedTuple):
 @cache
 def _fir_structures(real: torch.dtype) -> _FirStructures:
     """Return the structs of cuda/fir_rows.cuh, cuda/upfirdn2d.cu and cuda/fused_fir.cu, field by field."""
-    pointer, int64, number = ctypes.c_void_p, ctypes.c_int64, real_number(real)
+    address, int64, number = ctypes.c_void_p, ctypes.c_int64, real_number(real)
 
     def ints(names: str) -> dict[str, Any]:
         return dict.fromkeys(names.split(), ctypes.c_int)
 
-    tensors = {"x": pointer, "y": pointer, "f": pointer, "gain": number}
+    tensors = {"x": address, "y": address, "f": address, "gain": number}
     sizes = ints("in_h in_w out_h out_w")
     rows = structure(
-        "FirParams", **tensors, images=int64, channels=ctypes.c_int, **sizes,
+        "FirParams", **tensors, channels=ctypes.c_int, **sizes,
         **ints("taps flip_filter pad_x pad_y first_pair_x first_pair_y lines lines_per_strip tiles"),
     )  # fmt: skip
     planes = structure(
         "FirPlanesParams", **tensors, **sizes, **ints("taps flip_filter pad_x pad_y tiles_x tiles_y aligned")
     )
     general = structure(
-        "FirGeneralParams", **tensors, outputs=int64, **ints("images channels"), **sizes,
+        "FirGeneralParams", **tensors, outputs=int64, channels=ctypes.c_int, **sizes,
         **ints("fh fw separable flip_filter up_x up_y down_x down_y pad_x pad_y channels_last"),
     )  # fmt: skip
     epilogue = structures(real)
     fused = structure(
-        "FusedFirParams", fir=rows, operands=epilogue.operands, sums=epilogue.sums, dy=pointer, codes=pointer
+        "FusedFirParams", fir=rows, operands=epilogue.operands, sums=epilogue.sums, dy=address, codes=address
     )
     return _FirStructures(rows, planes, general, fused)

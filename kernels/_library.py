@@ -10,11 +10,11 @@ from stylepipe.kernels.native import Library, library
 
 LIBRARY = torch.library.Library("stylepipe", "FRAGMENT")
 
-# The PyTorch implementations answer for every device; a kernel for one device is registered under its own key.
+# One implementation answers for every device: it takes compiled kernels where they are, else PyTorch's operations.
+ANY_DEVICE = "CompositeExplicitAutograd"
+
 STRAIGHT = ("linear", "relu", "lrelu")
 """Activations that are straight on both sides of 0."""
-
-ANY_DEVICE = "CompositeExplicitAutograd"
 
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:

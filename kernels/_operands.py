@@ -73,6 +73,8 @@ def real_of(dtype: torch.dtype) -> torch.dtype:
 
 
 class Structures(NamedTuple):
+    """The structs that epilogue kernels take, as ctypes has them."""
+
     operands: type[ctypes.Structure]
     sums: type[ctypes.Structure]
     forward: type[ctypes.Structure]
@@ -86,7 +88,7 @@ def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 @cache
 def structures(real: torch.dtype) -> Structures:
-    """Return the structs of cuda/channel.cuh and cuda/epilogue.cu, field by field."""
+    """Return the structs of cuda/channel.cuh and cuda/epilogue_params.cuh, field by field."""
     address, int64, number = ctypes.c_void_p, ctypes.c_int64, real_number(real)
     operands = structure(
         "Operands",
@@ -114,6 +116,7 @@ def real_number(real: torch.dtype) -> Any:
 
 
 def pack(of: Operands, dtype: torch.dtype) -> ctypes.Structure:
+    """Return prepared operands as the source's struct, for activations of this type."""
     shared = of.noise is None or of.noise.shape[0] == 1
     return structures(real_of(dtype)).operands(
         pointer(of.scale), pointer(of.bias), pointer(of.next_scale), pointer(of.noise),
@@ -124,4 +127,5 @@ def pack(of: Operands, dtype: torch.dtype) -> ctypes.Structure:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
+    """Return a tensor's address; None, a null pointer, for None."""
     return None if tensor is None else tensor.data_ptr()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._fir import Geometry, fits_fused, run_act_fir, run_act_fir_backward
+from stylepipe.kernels._fir import fits_fused, plain_geometry, run_act_fir, run_act_fir_backward, transposed_padding
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled
 from stylepipe.kernels._operands import Operands, real_of, slope_below
 from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp
@@ -81,11 +81,11 @@ LIBRARY.define(
 def _forward(
     x: Tensor, b: Tensor | None, f: Tensor, padding: int, act: str, alpha: float, gain: float, clamp: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Return y and codes [N, H, W, C / 4] uint8, four activations to a byte, the first in its lowest bits."""
+    """Return y and codes [N, H, W, C / 4] uint8: four activations to a byte (two of float64), the first lowest."""
     x = x.contiguous(memory_format=torch.channels_last)
     if kernels := _kernels(x, f, padding, act, gain):
         operands = Operands(bias=b, act=act, alpha=alpha, gain=gain, clamp=clamp)
-        return run_act_fir(kernels, x, f, _geometry(x, f, padding), operands)
+        return run_act_fir(kernels, x, f, plain_geometry(x, f, padding), operands)
     u = x if b is None else x + b.to(x.dtype)[:, None, None]
     code = torch.where(u > 0, _POSITIVE, _NEGATIVE)
     if clamp is not None:
@@ -139,10 +139,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Return dx and db [C] (empty without `with_db`) in the type of sums."""
     dy = dy.contiguous(memory_format=torch.channels_last)
-    before = f.shape[-1] - 1 - padding
+    before = transposed_padding(f, padding)
     kernels = compiled("fused_fir", dy)
     if kernels is not None and fits_fused(kernels, dy, f):
-        geometry = _geometry(dy, f, before)._replace(flip_filter=True)
+        geometry = plain_geometry(dy, f, before)._replace(flip_filter=True)
         operands = Operands(act=act, alpha=alpha, gain=gain, clamp=clamp)
         dx, sums = run_act_fir_backward(kernels, dy, codes, f, geometry, operands, with_db)
         return dx, sums["bias"].sum(0) if with_db else dx.new_empty(0)
@@ -195,8 +195,3 @@ def _slope(codes: Tensor, like: Tensor, act: str, alpha: float, gain: float) -> 
 
 def _per_byte(x: Tensor) -> int:
     return min(4, 16 // x.dtype.itemsize)
-
-
-def _geometry(x: Tensor, f: Tensor, padding: int) -> Geometry:
-    height, width = (size + 2 * padding + 1 - f.shape[-1] for size in x.shape[2:])
-    return Geometry((1, 1), (1, 1), (padding,) * 4, False, 1.0, height, width)

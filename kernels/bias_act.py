@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from stylepipe.kernels._epilogue import run_backward, run_forward, view_along
 from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
-from stylepipe.kernels._operands import Operands
+from stylepipe.kernels._operands import Operands, real_of
 from stylepipe.kernels.native import Library
 
 _SELU_SCALE = 1.0507009873554804934193349852946
@@ -163,7 +163,9 @@ def _along(b: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _sum_to_bias(dx: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
-    return dx.sum([i for i in range(dx.ndim) if i != dim]).to(b.dtype) if dx.ndim > 1 else dx.to(b.dtype)
+    """Sum over all but `dim`, in float32 at the least: half a million half-precision numbers pass their range."""
+    others = [i for i in range(dx.ndim) if i != dim]
+    return (dx.sum(others, dtype=real_of(dx.dtype)) if others else dx).to(b.dtype)
 
 
 def _nothing(like: torch.Tensor) -> torch.Tensor:
@@ -199,7 +201,7 @@ def _forward(
     if kernels := _kernels(x, b, dim, act):
         x = x.contiguous(memory_format=memory_format_of(x))
         operands = Operands(bias=b, act=act, alpha=alpha, gain=gain, clamp=clamp)
-        return run_forward(kernels, x, view_along(x, None if b is None else dim), operands)[0]
+        return run_forward(kernels, x, view_along(kernels, x, None if b is None else dim), operands)[0]
     if keeps_sign(act, alpha, gain):
         y = _forward_homogeneous(x, b, dim, act, alpha, gain)
     else:
@@ -271,7 +273,7 @@ def _backward(
         ref = ref.contiguous(memory_format=memory_format_of(ref))
         by_sign = keeps_sign(act, alpha, gain)
         operands = Operands(bias=None if by_sign else b, act=act, alpha=alpha, gain=gain, clamp=clamp)
-        view, wanted = view_along(ref, None if b is None else dim), {"bias"} if with_db else set[str]()
+        view, wanted = view_along(kernels, ref, None if b is None else dim), {"bias"} if with_db else set[str]()
         dx, sums = run_backward(kernels, dy, ref, view, operands, wanted, ref_is_output=by_sign)
         return dx, sums["bias"].sum(0).to(b.dtype) if with_db and b is not None else _nothing(dx)
     dx = _backward_in_torch(dy, ref, b, dim, act, alpha, gain, clamp)

@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,10 @@ from typing import Protocol
 from stylepipe.kernels.cache import Report, cache_folder, entry_lock, keep_entry, read_entry, warn
 
 SCALARS = ("float16", "bfloat16", "float32", "float64")
+
+INTEGRATED = (72, 87, 101, 110)
+"""Chips with a CPU beside the GPU (Xavier, Orin, Thor by its two numbers); CUDA Programming Guide, "Binary
+Compatibility": their machine code runs on no other, and no other's on them. PTX knows no such bounds."""
 
 CUDA_SOURCES = Path(__file__).parent / "cuda"
 CPU_SOURCES = Path(__file__).parent / "cpu"
@@ -88,13 +92,20 @@ def units(folder: Path = CUDA_SOURCES, scalars: Iterable[str] = SCALARS) -> list
     return [Unit(source, scalar) for source in sorted(folder.glob("*.cu")) for scalar in scalars]
 
 
-def cached(unit: Unit, target: str, compiler: Compiler, report: Report = warn) -> bytes:
+def cached(unit: Unit, target: str, compiler: Compiler, report: Report = warn, *, own: bool = False) -> bytes:
     """Return the compiled unit, from the cache where it is there, and keep it there where it is not.
+
+    Args:
+        unit: what to compile.
+        target: what to compile it for.
+        compiler: what compiles it.
+        report: is told where the cache cannot be used.
+        own: pass over what other compilers have made of it.
 
     Raises:
         BuildError: the compiler failed.
     """
-    return _obtain(unit, target, compiler, report)[0]
+    return _obtain(unit, target, compiler, report, own=own)[0]
 
 
 def cached_path(unit: Unit, target: str, compiler: Compiler, report: Report = warn) -> Path:
@@ -106,9 +117,19 @@ def cached_path(unit: Unit, target: str, compiler: Compiler, report: Report = wa
     return path
 
 
-def stored(unit: Unit, target: str, flags: Sequence[str]) -> tuple[bytes, Path] | None:
-    """Return the newest whole entry that any compiler made with these flags, and its file."""
-    return _newest(cache_folder().glob(f"{_stem(unit, target, flags)}.*{_suffix(target)}"))
+def stored(
+    unit: Unit, target: str, flags: Sequence[str], *, but: Container[bytes] = (), not_by: str = ""
+) -> tuple[bytes, Path] | None:
+    """Return the newest whole entry that any compiler made with these flags, and its file.
+
+    Args:
+        unit: what was compiled.
+        target: what it was compiled for.
+        flags: what a compiler's flags() gives.
+        but: outputs to pass over.
+        not_by: the name of a compiler to pass over.
+    """
+    return _newest(cache_folder(), _stem(unit, target, flags), _suffix(target), but, not_by)
 
 
 def entry_path(unit: Unit, target: str, compiler: Compiler) -> Path:
@@ -156,20 +177,20 @@ def device_flags(unit: Unit) -> list[str]:
 def best_target(capability: int, supported: Iterable[int]) -> str | None:
     """Return what a compiler for the `supported` architectures makes for a device (90 is compute capability 9.0).
 
-    Machine code runs on its own architecture and on later ones of the same major number; PTX on all later ones. None:
-    the device is older than all.
+    Machine code of the nearest architecture that the device runs, else PTX, which runs on all later ones. None: the
+    device is older than all.
     """
     known = [arch for arch in supported if arch <= capability]
     if not known:
         return None
-    kind = "sm" if max(known) // 10 == capability // 10 else "compute"
-    return f"{kind}_{max(known)}"
+    runnable = [arch for arch in known if _runs(capability, arch)]
+    return f"sm_{max(runnable)}" if runnable else f"compute_{max(known)}"
 
 
 def runnable_targets(capability: int) -> list[str]:
     """Return every target that a device can run, best first."""
     return [
-        *(f"sm_{arch}" for arch in range(capability, capability // 10 * 10 - 1, -1)),
+        *(f"sm_{arch}" for arch in range(capability, 69, -1) if _runs(capability, arch)),
         *(f"compute_{arch}" for arch in range(capability, 69, -1)),
     ]
 
@@ -177,31 +198,44 @@ def runnable_targets(capability: int) -> list[str]:
 # --- private ---
 
 
-def _obtain(unit: Unit, target: str, compiler: Compiler, report: Report) -> tuple[bytes, Path | None]:
+def _runs(capability: int, arch: int) -> bool:
+    """Tell whether a device runs the machine code of an architecture: its own, or an earlier one of its generation."""
+    same_generation = arch // 10 == capability // 10 and arch <= capability
+    return arch == capability or (same_generation and arch not in INTEGRATED and capability not in INTEGRATED)
+
+
+def _obtain(
+    unit: Unit, target: str, compiler: Compiler, report: Report, *, own: bool = False
+) -> tuple[bytes, Path | None]:
     """Return the compiled unit and the file it is kept in, None where it could not be kept."""
     path = entry_path(unit, target, compiler)
-    if found := _look_up(path, compiler):
+    if found := _look_up(path, compiler, own=own):
         return found
     with entry_lock(path.parent, f"{unit.name}-{target}", report):
-        if found := _look_up(path, compiler):  # who held the lock has made it
+        if found := _look_up(path, compiler, own=own):  # who held the lock has made it
             return found
         payload = compiler.compile(unit, target)
         return payload, path if keep_entry(path, payload, report) else None
 
 
-def _look_up(path: Path, compiler: Compiler) -> tuple[bytes, Path] | None:
-    """Find the compiler's own entry, else one that another compiler made with the same flags."""
+def _look_up(path: Path, compiler: Compiler, *, own: bool) -> tuple[bytes, Path] | None:
+    """Find the compiler's own entry, else, unless only `own` will do, one that another made with the same flags."""
     if (payload := read_entry(path)) is not None:
         return payload, path
-    stem = path.name.partition(".")[0]
-    alike = path.parent.glob(f"{stem}.*{path.suffix}")
-    return _newest(other for other in alike if not other.name.startswith(f"{stem}.{compiler.name}-"))
+    if own:
+        return None
+    return _newest(path.parent, path.name.partition(".")[0], path.suffix, not_by=compiler.name)
 
 
-def _newest(paths: Iterable[Path]) -> tuple[bytes, Path] | None:
-    """Return the newest whole entry among files."""
-    newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next(((payload, path) for path in newest_first if (payload := read_entry(path)) is not None), None)
+def _newest(
+    folder: Path, stem: str, suffix: str, but: Container[bytes] = (), not_by: str = ""
+) -> tuple[bytes, Path] | None:
+    """Return the newest whole entry that is named so up to its compiler; for the last two see stored()."""
+    paths = [path for path in folder.glob(f"{stem}.*{suffix}") if not path.name.startswith(f"{stem}.{not_by}-")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        if (payload := read_entry(path)) is not None and payload not in but:
+            return payload, path
+    return None
 
 
 def _stem(unit: Unit, target: str, flags: Sequence[str]) -> str:

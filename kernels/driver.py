@@ -74,7 +74,7 @@ def default_driver() -> Driver:
 class Cubin:
     """A compiled unit (machine code, or PTX ended by a NUL) on one device."""
 
-    vector_bytes, threads = 16, 256  # as in cuda/common.cuh
+    vector_bytes, threads = 16, 256  # VECTOR_BYTES of cuda/common.cuh, THREADS of cuda/sums.cuh
 
     def __init__(self, image: bytes, device: int = 0, driver: Driver | None = None) -> None:
         self._driver = driver or default_driver()

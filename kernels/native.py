@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -58,20 +58,28 @@ class Library(Protocol):
         """Launch a kernel, its one argument `params`."""
 
 
+Missed = Literal["ROCm", "building", "loading"]
+_REMEDIES: dict[Missed, str] = {
+    "building": "install a CUDA build of torch, which brings NVRTC, or build ahead of time: stylepipe kernels build",
+    "loading": "install a newer NVIDIA driver",
+}
+
+
 @dataclass(frozen=True)
 class Choice:
     """What an op of one type on one device uses, and why."""
 
     library: Library | None
     reason: str
-    missed: bool = False
-    """Kernels are meant for this device and could not be had."""
+    missed: Missed | None = None
+    """Kernels are meant for this device and could not be had: what that is about."""
 
 
 Chooser = Callable[[str, torch.dtype, torch.device], Library | None]
 
 _choices: dict[tuple[str, torch.dtype, torch.device], Choice] = {}
-_missed: dict[str, Choice] = {}  # by kind of device: what keeps one unit from being built keeps all
+_missed: dict[torch.device, Choice] = {}  # what keeps one unit from a device keeps all
+_warned: set[Missed] = set()
 _chooser: Chooser | None = None
 _lock = threading.RLock()  # autograd runs backward passes in threads of its own
 
@@ -90,6 +98,7 @@ def library(source: str, dtype: torch.dtype, device: torch.device) -> Library | 
 
 def explain(source: str, dtype: torch.dtype, device: torch.device) -> str:
     """Say in one line what library() would use, and why; build it if need be, but neither warn nor raise for lack."""
+    device = _numbered(device)
     choice = _choices.get((source, dtype, device)) or _choose(source, dtype, device)
     return f"{'compiled' if choice.library else 'PyTorch'}: {choice.reason}"
 
@@ -115,6 +124,7 @@ def forget() -> None:
     with _lock:
         _choices.clear()
         _missed.clear()
+        _warned.clear()
         find_nvrtc.cache_clear()
         find_nvcc.cache_clear()
 
@@ -133,20 +143,28 @@ def capability_of(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """Give the current GPU its number where the device has none."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def _first_choice(source: str, dtype: torch.dtype, device: torch.device) -> Choice:
     """Choose, and keep the choice; say so where a GPU has to do without."""
     with _lock:
+        device = _numbered(device)
         key = (source, dtype, device)
         if key in _choices:
             return _choices[key]
         choice = _choose(source, dtype, device)
         if choice.missed and mode() == "cuda":
             raise UserError(f"{VARIABLE}=cuda: {choice.reason}. {VARIABLE}=auto goes on with PyTorch's operations")
-        if choice.missed and device.type not in _missed:
-            _missed[device.type] = choice
+        if choice.missed:
+            _missed[device] = choice
+        if choice.missed and choice.missed not in _warned:
+            _warned.add(choice.missed)
             warnings.warn(
-                f"no CUDA kernels: {choice.reason}. PyTorch's own operations are used instead, which are slower; "
-                f"`stylepipe doctor` tells more, and {VARIABLE}=torch makes it the choice, without this warning",
+                f"no CUDA kernels: {choice.reason}. PyTorch's own operations are used on {device} instead, which are "
+                f"slower; `stylepipe doctor` tells more; {VARIABLE}=torch makes it the choice, without this warning",
                 RuntimeWarning,
             )
         _choices[key] = choice
@@ -158,8 +176,8 @@ def _choose(source: str, dtype: torch.dtype, device: torch.device) -> Choice:
         return Choice(None, f"{VARIABLE}=torch")
     if dtype not in SCALAR_OF:
         return Choice(None, f"no kernels for {dtype}")
-    if device.type in _missed:
-        return _missed[device.type]
+    if device in _missed:
+        return _missed[device]
     if device.type == "cuda":
         return _choose_cuda(Unit(build.CUDA_SOURCES / f"{source}.cu", SCALAR_OF[dtype]), device)
     if device.type == "cpu":
@@ -169,36 +187,46 @@ def _choose(source: str, dtype: torch.dtype, device: torch.device) -> Choice:
 
 def _choose_cuda(unit: Unit, device: torch.device) -> Choice:
     if torch.version.hip:
-        return Choice(None, "this is a ROCm build of torch", missed=True)
-    try:
-        image, origin = _image(unit, capability_of(device))
-    except BuildError as error:
-        return Choice(None, str(error), missed=True)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    try:
-        return Choice(Cubin(image, index), origin)
-    except RuntimeError as error:
-        return Choice(None, f"{unit.name} ({origin}) does not load: {error}", missed=True)
+        return Choice(None, "this is a ROCm build of torch", "ROCm")
+    problems: list[str] = []
+    missed: Missed = "building"
+    for image, origin in _images(unit, capability_of(device), problems):
+        try:
+            return Choice(Cubin(image, device.index), origin)
+        except RuntimeError as error:
+            problems.append(f"{unit.name} ({origin}) does not load: {error}")
+            missed = "loading"
+    return Choice(None, "; ".join([*problems, _REMEDIES[missed]]), missed)
 
 
-def _image(unit: Unit, capability: int) -> tuple[bytes, str]:
-    """Return the unit for a device of this capability, and who made it; raise BuildError with all that was tried."""
-    problems = []
+def _images(unit: Unit, capability: int, problems: list[str]) -> Iterator[tuple[bytes, str]]:
+    """Yield all that a device of this capability may load, each thing once, and who made it; the first that loads is
+    the best. What keeps a compiler from its part is added to the problems.
+    """
+    tried: list[bytes] = []
     for find in (find_nvrtc, find_nvcc):
         try:
             compiler = find()
             target = compiler.target(capability)
-            image = build.cached(unit, target, compiler)
+            if not build.entry_path(unit, target, compiler).is_file():
+                yield from _stored(unit, target, tried, not_by=compiler.name)  # ahead of time, which spares compiling
+            image = build.cached(unit, target, compiler, own=True)
         except BuildError as error:
             problems.append(str(error))
             _log.debug("%s\n%s", " ".join(error.command), error.log)
-        else:
-            return image, f"{target}, {compiler.name} {compiler.version}"
-    for target in build.runnable_targets(capability):  # made ahead of time, perhaps on another machine
-        if found := build.stored(unit, target, build.device_flags(unit)):
-            return found[0], str(found[1])
-    remedy = "install a CUDA build of torch, which brings NVRTC, or build ahead of time: stylepipe kernels build"
-    raise BuildError("; ".join([*problems, remedy]))
+            continue
+        if image not in tried:
+            tried.append(image)
+            yield image, f"{target}, {compiler.name} {compiler.version}"
+    for target in build.runnable_targets(capability):  # perhaps another machine's
+        yield from _stored(unit, target, tried)
+
+
+def _stored(unit: Unit, target: str, tried: list[bytes], *, not_by: str = "") -> Iterator[tuple[bytes, str]]:
+    """Yield what the cache holds beside what was tried, which it is then added to, and the files."""
+    while found := build.stored(unit, target, build.device_flags(unit), but=tried, not_by=not_by):
+        tried.append(found[0])
+        yield found[0], str(found[1])
 
 
 def _choose_cpu(unit: Unit) -> Choice:

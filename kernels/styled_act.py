@@ -10,19 +10,27 @@ of an up-convolution), and v may be weighted to colours beside (toRGB).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stylepipe.kernels._epilogue import makes_rgb, run_backward, run_forward, view_of
-from stylepipe.kernels._fir import Geometry, fits_fused, run_fir_epilogue, run_fir_epilogue_backward
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, in_own_type, memory_format_of
+from stylepipe.kernels._fir import Geometry, fits_fused, plain_geometry, run_fir_epilogue, run_fir_epilogue_backward
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
 from stylepipe.kernels._operands import Operands
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp, keeps_sign
+from stylepipe.kernels._styled_composed import (
+    StyledOptions,
+    StyledTensors,
+    composed,
+    filtered,
+    gradient_of,
+    modulated,
+    per_pixel_dot,
+    transposed_filter,
+)
+from stylepipe.kernels.bias_act import check_clamp
 from stylepipe.kernels.native import Library
-from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 
 def styled_act(
@@ -58,8 +66,8 @@ def styled_act(
     Raises:
         ValueError: a shape does not fit, or noise comes without its strength.
     """
-    tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, None, f)
-    return _run(tensors, _Options.of(act, gain, clamp, padding, filter_gain))[0]
+    tensors = StyledTensors(x, scale, noise, noise_strength, bias, next_scale, None, f)
+    return _run(tensors, StyledOptions.of(act, gain, clamp, padding, filter_gain))[0]
 
 
 def styled_act_rgb(
@@ -87,66 +95,29 @@ def styled_act_rgb(
     Returns:
         y, and rgb [N, K, H', W'] float32 (float64 for float64), channels_last.
     """
-    tensors = _Tensors(x, scale, noise, noise_strength, bias, next_scale, rgb_weight, f)
-    y, rgb = _run(tensors, _Options.of(act, gain, clamp, padding, filter_gain))
+    tensors = StyledTensors(x, scale, noise, noise_strength, bias, next_scale, rgb_weight, f)
+    y, rgb = _run(tensors, StyledOptions.of(act, gain, clamp, padding, filter_gain))
     assert rgb is not None
     return y, rgb
 
 
-def per_pixel_dot(v: Tensor, weight: Tensor) -> Tensor:
-    """Return [N, K, H, W], channels_last: v [N, C, H, W] weighted by [N, K, C] and summed, in the weight's type."""
-    pixels = v.to(weight.dtype).permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, C], a view where channels_last
-    with in_own_type(v):
-        return (pixels @ weight.transpose(1, 2)).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2)
-
-
-class _Tensors(NamedTuple):
-    x: Tensor
-    scale: Tensor | None
-    noise: Tensor | None
-    noise_strength: Tensor | None
-    bias: Tensor | None
-    next_scale: Tensor | None
-    rgb_weight: Tensor | None
-    f: Tensor | None
-
-
-class _Options(NamedTuple):
-    padding: int
-    filter_gain: float
-    act: str
-    alpha: float
-    gain: float
-    clamp: float | None
-
-    @classmethod
-    def of(cls, act: str, gain: float | None, clamp: float | None, padding: int, filter_gain: float) -> _Options:
-        """Fill in an activation's defaults."""
-        gain = activation_gain(act) if gain is None else gain
-        clamp = None if clamp is None else float(clamp)
-        return cls(padding, float(filter_gain), act, activation_alpha(act), float(gain), clamp)
-
-    def activation(self) -> dict[str, Any]:
-        return {"act": self.act, "alpha": self.alpha, "gain": self.gain, "clamp": self.clamp}
-
-
-def _run(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
+def _run(of: StyledTensors, options: StyledOptions) -> tuple[Tensor, Tensor | None]:
     """Run the op on what kernels join, and other ops on the rest; rgb is None without a weight."""
     _check(of, options)
     kernels = None if torch.compiler.is_compiling() else compiled("epilogue", of.x, options.act)
     if kernels is None:  # a compiler joins the parts itself
-        return _composed(of, options)
+        return composed(of, options)
     straight = options.act in STRAIGHT
     if of.f is not None and not (straight and of.rgb_weight is None and _filters(of.x, of.f, options)):
-        of = of._replace(x=_filtered(of, options), f=None)
+        of = of._replace(x=filtered(of, options), f=None)
     if of.rgb_weight is not None and not (straight and makes_rgb(kernels, of.x, of.rgb_weight)):
         v, _ = torch.ops.stylepipe.styled_act(*of._replace(next_scale=None, rgb_weight=None), *options)
-        return _modulated(v, of.next_scale), per_pixel_dot(v, of.rgb_weight)
+        return modulated(v, of.next_scale), per_pixel_dot(v, of.rgb_weight)
     y, rgb = torch.ops.stylepipe.styled_act(*of, *options)
     return y, None if of.rgb_weight is None else rgb
 
 
-def _check(of: _Tensors, options: _Options) -> None:
+def _check(of: StyledTensors, options: StyledOptions) -> None:
     """Raise ValueError where an operand does not fit x: kernels would read beyond its end."""
     if of.x.ndim != 4:
         raise ValueError(f"styled_act: x of shape {list(of.x.shape)}: expected [N, C, H, W]")
@@ -177,75 +148,6 @@ def _check(of: _Tensors, options: _Options) -> None:
             raise ValueError(f"styled_act: {name} of shape {list(tensor.shape)}: expected {expected}")
 
 
-# --- composed of other ops ---
-
-
-def _composed(of: _Tensors, options: _Options) -> tuple[Tensor, Tensor | None]:
-    z = _filtered(of, options)
-    v = bias_act(_styled(z, of), of.bias, **options.activation())
-    return _modulated(v, of.next_scale), None if of.rgb_weight is None else per_pixel_dot(v, of.rgb_weight)
-
-
-def _filtered(of: _Tensors, options: _Options) -> Tensor:
-    if of.f is None:
-        return of.x
-    return upfirdn2d(of.x, of.f, padding=options.padding, gain=options.filter_gain)
-
-
-def _styled(z: Tensor, of: _Tensors) -> Tensor:
-    """Return z * scale + noise * noise_strength."""
-    addend = None
-    if of.noise is not None and of.noise_strength is not None:
-        addend = (of.noise * of.noise_strength).to(z.dtype)
-    if of.scale is None:
-        return z if addend is None else z + addend
-    z = _modulated(z, of.scale)
-    return z if addend is None else z.add_(addend)
-
-
-def _modulated(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.to(x.dtype)[:, :, None, None]
-
-
-def _gradient(dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, names: set[str]) -> dict[str, Tensor]:
-    """Return the gradients by the tensors named, made of differentiable ops."""
-    z = _filtered(of, options)
-    zs = _styled(z, of)
-    v = bias_act(zs, of.bias, **options.activation())
-    found: dict[str, Tensor] = {}
-    dv = _modulated(dy, of.next_scale)
-    if drgb is not None and of.rgb_weight is not None:
-        pixels = drgb.permute(0, 2, 3, 1).flatten(1, 2)  # [N, HW, K]
-        with in_own_type(v):
-            dv = dv + (pixels @ of.rgb_weight).unflatten(1, v.shape[2:]).permute(0, 3, 1, 2).to(v.dtype)
-            if "rgb_weight" in names:
-                found["rgb_weight"] = pixels.transpose(1, 2) @ v.to(drgb.dtype).permute(0, 2, 3, 1).flatten(1, 2)
-    if of.next_scale is not None and "next_scale" in names:
-        found["next_scale"] = (dy * v).to(of.next_scale.dtype).sum((2, 3))
-    act = (options.act, options.alpha, options.gain, options.clamp)
-    ref = v if keeps_sign(*act[:3]) else zs
-    with_bias = of.bias is not None and "bias" in names
-    du, dbias = torch.ops.stylepipe.bias_act_backward(dv, ref, of.bias, 1, *act, with_bias)
-    if with_bias:
-        found["bias"] = dbias
-    if of.scale is not None and "scale" in names:
-        found["scale"] = (du * z).to(of.scale.dtype).sum((2, 3))
-    if of.noise is not None and of.noise_strength is not None and names & {"noise", "noise_strength"}:
-        per_pixel = du.to(of.noise.dtype).sum(1, keepdim=True)
-        found["noise"] = (per_pixel * of.noise_strength).sum_to_size(of.noise.shape)
-        found["noise_strength"] = (per_pixel * of.noise).sum()
-    if "x" in names:
-        dz = _modulated(du, of.scale)
-        found["x"] = dz if of.f is None else _transposed_filter(dz, of, options)
-    return found
-
-
-def _transposed_filter(dz: Tensor, of: _Tensors, options: _Options) -> Tensor:
-    assert of.f is not None
-    before = of.f.shape[-1] - 1 - options.padding
-    return upfirdn2d(dz, of.f, padding=before, flip_filter=True, gain=options.filter_gain)
-
-
 # --- the op ---
 
 _ARGUMENTS = (
@@ -259,8 +161,8 @@ LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-_N_TENSORS = len(_Tensors._fields)
-_DIFFERENTIABLE = _N_TENSORS - 1  # f is a constant
+_N_TENSORS = len(StyledTensors._fields)
+_FIELDS = StyledTensors._fields[:-1]  # those that have gradients; f is a constant
 
 
 @torch.library.impl(LIBRARY, "styled_act", ANY_DEVICE)
@@ -268,7 +170,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     of, options = _split(arguments)
     kernels = compiled("epilogue", of.x, options.act) if of.x.numel() else None
     if kernels is None:
-        y, rgb = _composed(of, options)
+        y, rgb = composed(of, options)
     else:
         of = of._replace(x=of.x.contiguous(memory_format=memory_format_of(of.x)))
         if of.f is None:
@@ -299,8 +201,8 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _forward_autograd(ctx: Any, dy: Tensor | None, drgb: Tensor | None) -> tuple[Any, ...]:
-    of = _Tensors(*ctx.saved_tensors)
-    wanted = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    of = StyledTensors(*ctx.saved_tensors)
+    wanted = list(ctx.needs_input_grad[: len(_FIELDS)])
     if of.rgb_weight is None:
         drgb = None
     gradients = torch.ops.stylepipe.styled_act_backward(dy, drgb, *of, *ctx.options, wanted)
@@ -316,16 +218,16 @@ def _backward(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[
     *arguments_of_forward, wanted = arguments
     of, options = _split(tuple(arguments_of_forward))
     if dy is None:
-        dy = torch.zeros_like(_filtered(of, options))
+        dy = torch.zeros_like(filtered(of, options))
     dy = dy.contiguous(memory_format=memory_format_of(of.x))
-    names = {name for name, want in zip(_Tensors._fields, wanted, strict=False) if want}
+    names = {name for name, want in zip(_FIELDS, wanted, strict=True) if want}
     kernels = compiled("epilogue", of.x, options.act) if of.x.numel() else None
     if kernels is None or "noise" in names:  # no kernel adds up over channels
-        found = _gradient(dy, drgb, of, options, names)
+        found = gradient_of(dy, drgb, of, options, names)
     else:
         found = _run_backward(kernels, dy, drgb, of, options, names - ({"rgb_weight"} if drgb is None else set()))
     gradients = []
-    for name in _Tensors._fields[:_DIFFERENTIABLE]:
+    for name in _FIELDS:
         tensor = getattr(of, name)
         if name not in names or tensor is None:
             gradients.append(dy.new_empty(0))
@@ -335,13 +237,13 @@ def _backward(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[
 
 
 def _run_backward(
-    kernels: Library, dy: Tensor, drgb: Tensor | None, of: _Tensors, options: _Options, names: set[str]
+    kernels: Library, dy: Tensor, drgb: Tensor | None, of: StyledTensors, options: StyledOptions, names: set[str]
 ) -> dict[str, Tensor]:
     x = of.x.contiguous(memory_format=memory_format_of(of.x))
     if of.f is not None:
         geometry = _geometry(of, options)
         dz, sums = run_fir_epilogue_backward(_fused(x), dy, x, of.f, geometry, _operands(of, options), names)
-        dx = _transposed_filter(dz, of, options)
+        dx = transposed_filter(dz, of, options)
     else:
         if drgb is not None:
             drgb = drgb.permute(0, 2, 3, 1).contiguous()  # as it lies, where channels_last
@@ -351,12 +253,14 @@ def _run_backward(
         found["bias"] = found["bias"].sum(0)
     if "noise_strength" in found:
         found["noise_strength"] = found["noise_strength"].sum()
+    if "next_scale" in found:  # its sums lie beside those of scale, and outputs of an op may share no memory
+        found["next_scale"] = found["next_scale"].clone()
     return found
 
 
 @torch.library.register_fake("stylepipe::styled_act_backward", lib=LIBRARY)
 def _backward_fake(dy: Tensor | None, drgb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    *tensors, wanted = *arguments[:_DIFFERENTIABLE], arguments[-1]
+    *tensors, wanted = *arguments[: len(_FIELDS)], arguments[-1]
     x = tensors[0]
     return tuple(
         torch.empty_like(tensor, memory_format=memory_format_of(tensor) if tensor is x else torch.contiguous_format)
@@ -373,30 +277,27 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    """Differentiate _gradient."""
+    """Differentiate gradient_of."""
     create_graph = torch.is_grad_enabled()
-    asked = zip(_Tensors._fields, cotangents, ctx.wanted, strict=False)
+    asked = zip(_FIELDS, cotangents, ctx.wanted, strict=True)
     given = {name: cotangent for name, cotangent, want in asked if want and cotangent is not None}
-    needed = [need and saved is not None for saved, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
     with torch.enable_grad():
         # By aliases: what one saved tensor owes to another is not to be counted here.
-        aliases: list[Any] = [None if saved is None else saved.view_as(saved) for saved in ctx.saved_tensors]
-        dy, drgb, *tensors = aliases
-        of, options = _Tensors(*tensors), _Options(*ctx.options)
-        found = _gradient(torch.zeros_like(_filtered(of, options)) if dy is None else dy, drgb, of, options, set(given))
-        reached = [name for name in found if name in given and found[name].requires_grad]
-        gradients: Iterator[Tensor | None] = iter(())
-        if reached:
-            gradients = iter(
-                torch.autograd.grad(
-                    [found[name] for name in reached],
-                    [alias for alias, need in zip(aliases, needed, strict=True) if need],
-                    [given[name] for name in reached],
-                    create_graph=create_graph,
-                    allow_unused=True,
-                )
-            )
-    return *(next(gradients, None) if need else None for need in needed), *[None] * (len(ctx.options) + 1)
+        saved: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        dy, drgb, *tensors = saved
+        of, options = StyledTensors(*tensors), StyledOptions(*ctx.options)
+        dy = torch.zeros_like(filtered(of, options)) if dy is None else dy
+        found = gradient_of(dy, drgb, of, options, set(given))
+        outputs = [name for name in found if name in given and found[name].requires_grad]
+        inputs = [i for i, alias in enumerate(saved) if alias is not None and ctx.needs_input_grad[i]]
+        gradients: dict[int, Tensor | None] = {}
+        if outputs:
+            by_inputs = torch.autograd.grad(
+                [found[name] for name in outputs], [saved[i] for i in inputs], [given[name] for name in outputs],
+                create_graph=create_graph, allow_unused=True,
+            )  # fmt: skip
+            gradients = dict(zip(inputs, by_inputs, strict=True))
+    return tuple(gradients.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 torch.library.register_autograd(
@@ -404,11 +305,11 @@ torch.library.register_autograd(
 )
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[_Tensors, _Options]:
-    return _Tensors(*arguments[:_N_TENSORS]), _Options(*arguments[_N_TENSORS:])
+def _split(arguments: tuple[Any, ...]) -> tuple[StyledTensors, StyledOptions]:
+    return StyledTensors(*arguments[:_N_TENSORS]), StyledOptions(*arguments[_N_TENSORS:])
 
 
-def _operands(of: _Tensors, options: _Options) -> Operands:
+def _operands(of: StyledTensors, options: StyledOptions) -> Operands:
     return Operands(
         scale=of.scale,
         bias=of.bias,
@@ -420,14 +321,12 @@ def _operands(of: _Tensors, options: _Options) -> Operands:
     )
 
 
-def _geometry(of: _Tensors, options: _Options) -> Geometry:
+def _geometry(of: StyledTensors, options: StyledOptions) -> Geometry:
     assert of.f is not None
-    p = options.padding
-    height, width = (size + 2 * p + 1 - of.f.numel() for size in of.x.shape[2:])
-    return Geometry((1, 1), (1, 1), (p, p, p, p), False, options.filter_gain, height, width)
+    return plain_geometry(of.x, of.f, options.padding, options.filter_gain)
 
 
-def _filters(x: Tensor, f: Tensor, options: _Options) -> bool:
+def _filters(x: Tensor, f: Tensor, options: StyledOptions) -> bool:
     """Tell whether a fused kernel filters x."""
     kernels = compiled("fused_fir", x)
     return kernels is not None and fits_fused(kernels, x, f) and min(x.shape[2:]) + 2 * options.padding >= f.numel()

@@ -16,7 +16,6 @@ struct FirParams {
     Scalar* y;
     const Real* f;  // [taps], both axes
     Real gain;
-    int64 images;
     int channels;
     int in_h, in_w, out_h, out_w;
     int taps, flip_filter;  // 0: a convolution, so the taps are read backwards

@@ -124,7 +124,7 @@ struct FirGeneralParams {
     const Real* f;  // [fh, fw], or [fw] for the outer product of f with itself
     Real gain;
     int64 outputs;
-    int images, channels;
+    int channels;
     int in_h, in_w, out_h, out_w;
     int fh, fw, separable, flip_filter;
     int up_x, up_y, down_x, down_y, pad_x, pad_y;

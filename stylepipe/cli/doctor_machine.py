@@ -32,7 +32,6 @@ CGROUP = Path("/sys/fs/cgroup")
 
 BYTES_PER_WORKER = 2 * 32 * 3 * 1024**2
 """What a data worker holds in shared memory at 1024 px: two batches of 32; several GPUs share a batch."""
-MEMORY_WANTED = MAX_WORKERS * 2 * 32 * 3 * 1024**2
 MEMORY_WANTED = 4 * GIB
 DISK_NEEDED = 1 * GIB  # a state of a 1024 px model
 DISK_WANTED = 20 * GIB  # three of them, network files, grids, and some room

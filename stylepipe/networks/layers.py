@@ -118,9 +118,9 @@ class Conv2d(nn.Module):
         given it as `blur`, which joins its activation, and the second is told that x is `blurred`.
         """
         weight = (self.weight * self._weight_gain).to(x.dtype)
-        bias = None if self.bias is None else (self.bias * self._bias_gain).to(x.dtype)
+        bias = None if self.bias is None else self.bias * self._bias_gain
         # oneDNN adds the bias inside of the convolution; elsewhere that would be a pass of its own.
-        fused = bias if x.device.type == "cpu" else None
+        fused = bias.to(x.dtype) if bias is not None and x.device.type == "cpu" else None
         y = self._convolve(x, weight, fused, blurred)
         rest = bias if fused is None else None
         if blur is not None:

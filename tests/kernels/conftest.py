@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from stylepipe.kernels import build, cache, gxx, native
+
+sys.path.append(str(Path(__file__).parent))  # for drawn_cases; pytest's importlib mode leaves it out
+
+if TYPE_CHECKING:
+    from drawn_cases import Kernels
 
 SCALE_CU = """
 #include "common.cuh"
@@ -67,3 +75,27 @@ def sources(tmp_path: Path, cxx: tuple[str, ...]) -> Path:
         shutil.copy(build.CUDA_SOURCES / header, folder)
     (folder / "scale.cu").write_text(SCALE_CU)
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder for compiled kernels that all workers of a session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled-kernels"
+
+
+@pytest.fixture
+def shim(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch, cxx: tuple[str, ...]) -> Kernels:
+    """Give the GPU's kernels, compiled for the CPU, for native.use()."""
+    from drawn_cases import Kernels
+
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(compiled_folder))
+    return Kernels()
+
+
+@pytest.fixture(params=["torch", "shim"])
+def either(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Put PyTorch's operations or the GPU's kernels under the ops."""
+    chooser = request.getfixturevalue("shim") if request.param == "shim" else lambda *_: None
+    with native.use(chooser):
+        yield chooser

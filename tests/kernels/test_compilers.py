@@ -51,6 +51,35 @@ def broken(sources: Path) -> Unit:
     return Unit(sources / "broken.cu", "float32")
 
 
+# --- what to compile for a device ---
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported", "target"),
+    [
+        (87, [80, 86, 87, 90], "sm_87"),  # of its own, always
+        (101, [90, 100, 101, 120], "sm_101"),
+        (103, [90, 100, 101, 120], "sm_100"),
+        (89, [80, 86, 87], "sm_86"),
+        (89, [75, 87], "compute_87"),
+        (75, [70, 72], "sm_70"),
+        (72, [60, 70, 75], "compute_70"),  # an integrated device runs no other's machine code
+        (87, [80, 86, 90], "compute_86"),
+        (110, [90, 100, 103, 120], "compute_103"),
+        (103, [90, 100, 103], "sm_103"),
+    ],
+)
+def test_machine_code_does_not_go_between_integrated_and_discrete_gpus(
+    capability: int, supported: list[int], target: str
+) -> None:
+    assert build.best_target(capability, supported) == target
+    runnable = build.runnable_targets(capability)
+    assert target in runnable
+    machine_code = {int(target[3:]) for target in runnable if target.startswith("sm_")}
+    integrated = {72, 87, 101, 110}
+    assert machine_code == {capability} if capability in integrated else not machine_code & integrated
+
+
 # --- the host shim ---
 
 

@@ -218,3 +218,36 @@ def test_a_shared_object_launches_alike(image, scale_params) -> None:
     scaled(library, scale_params, 3, stream=0x1234)
     with pytest.raises(RuntimeError, match="no kernel nothing"):
         library.launch("nothing", GRID, BLOCK, scale_params())
+
+
+@pytest.mark.parametrize(
+    ("grid", "block"),
+    [
+        ((2**31, 1, 1), (1, 1, 1)),
+        ((1, 65536, 1), (1, 1, 1)),
+        ((1, 1, 65536), (1, 1, 1)),
+        ((0, 1, 1), (1, 1, 1)),
+        ((1, 1, 1), (1, 0, 1)),
+        ((1, 1, 1), (1025, 1, 1)),
+        ((1, 1, 1), (32, 33, 1)),
+        ((1, 1, 1), (1, 1, 65)),
+    ],
+)
+def test_the_shim_keeps_to_the_limits_of_gpus(image, scale_params, grid, block) -> None:
+    refused = re.escape(f"scale, grid {grid}, block {block}: beyond what CUDA launches")
+    with pytest.raises(RuntimeError, match=refused):
+        SharedObject(Path(image.decode())).launch("scale", grid, block, scale_params(0, 0, 0, 1))
+
+
+def test_the_shim_goes_as_far_as_the_limits(image, scale_params) -> None:
+    library = SharedObject(Path(image.decode()))
+    for grid, block in [((1, 65535, 1), (1, 1, 1)), ((1, 1, 65535), (1, 1, 1)), ((1, 1, 1), (4, 4, 64))]:
+        library.launch("scale", grid, block, scale_params(0, 0, 0, 1))
+    x, y = torch.arange(100.0), torch.zeros(100)
+    library.launch("scale", (1, 1, 1), (1024, 1, 1), scale_params(x.data_ptr(), y.data_ptr(), 100, 3))
+    assert torch.equal(y, 3 * x)
+
+
+def test_kernels_of_the_cpu_know_no_such_limits(image, scale_params) -> None:
+    library = SharedObject(Path(image.decode()), native=True)
+    library.launch("scale", (1, 65536, 1), (1, 1, 1), scale_params(0, 0, 0, 1))

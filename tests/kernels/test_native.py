@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
 import warnings
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from stylepipe.errors import UserError
-from stylepipe.kernels import build, gxx, native, nvcc, nvrtc
+from stylepipe.kernels import build, cache, gxx, native, nvcc, nvrtc
 from stylepipe.kernels.build import BuildError, Unit
 from stylepipe.kernels.host import SharedObject
 
@@ -33,8 +34,8 @@ EXPORTED void scale(const unsigned grid[3], const unsigned block[3], const void*
 class PathCompiler:
     """Compiles for a GPU whose driver loads shared objects by their path: see Loaded."""
 
-    def __init__(self, name: str = "nvrtc", problem: str = "") -> None:
-        self.name, self.version, self.problem = name, "1.0", problem
+    def __init__(self, name: str = "nvrtc", problem: str = "", *, loads: bool = True) -> None:
+        self.name, self.version, self.problem, self.loads = name, "1.0", problem, loads
         self.calls = 0
 
     def target(self, capability: int) -> str:
@@ -47,6 +48,8 @@ class PathCompiler:
         self.calls += 1
         if self.problem:
             raise BuildError(self.problem)
+        if not self.loads:
+            return f"what {self.name} made".encode()
         return bytes(build.cached_path(unit, gxx.HOST_TARGET, gxx.host_shim()))
 
 
@@ -54,6 +57,8 @@ class Loaded(SharedObject):
     """Stands for driver.Cubin, which test_driver.py tests."""
 
     def __init__(self, image: bytes, device: int) -> None:
+        if not image.startswith(b"/"):
+            raise RuntimeError(f"{image.decode()} is an invalid image")
         super().__init__(Path(image.decode()))
         self.device = device
 
@@ -145,14 +150,124 @@ def test_after_one_failure_nothing_else_is_compiled(gpu: Compilers) -> None:
     assert compiler.calls == 1
 
 
-def test_what_does_not_load_is_named(gpu: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(image: bytes, device: int) -> None:
-        raise RuntimeError("cuLibraryLoadData: CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+def test_what_does_not_load_is_named(gpu: Compilers) -> None:
+    gpu(PathCompiler(loads=False))
+    message = (
+        r"no CUDA kernels: scale-float32 \(sm_90, nvrtc 1.0\) does not load: what nvrtc made is an .*; no nvcc found"
+    )
+    with pytest.warns(RuntimeWarning, match=message):
+        assert native.library("scale", torch.float32, GPU) is None
+
+
+def test_where_one_compiler_s_does_not_load_the_other_s_may(gpu: Compilers, scale_params) -> None:
+    first, second = PathCompiler("nvrtc", loads=False), PathCompiler("nvcc")
+    gpu(first, second)
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == "compiled: sm_90, nvcc 1.0"
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_where_none_compiled_here_loads_what_was_made_elsewhere_may(gpu: Compilers, scale_params) -> None:
+    unit = Unit(build.CUDA_SOURCES / "scale.cu", "float32")
+    useless = build.cached_path(unit, "sm_90", PathCompiler("older", loads=False))
+    path = build.cached_path(unit, "compute_80", PathCompiler("elsewhere"))
+    gpu(PathCompiler("nvrtc", loads=False), PathCompiler("nvcc", loads=False))
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == f"compiled: {path}"
+    assert useless.is_file()
+
+
+def test_all_entries_for_a_target_are_tried(gpu: Compilers, scale_params) -> None:
+    unit = Unit(build.CUDA_SOURCES / "scale.cu", "float32")
+    older = build.entry_path(unit, "compute_80", PathCompiler("older"))
+    cache.write_entry(older, PathCompiler("older").compile(unit, "compute_80"))
+    newer = build.entry_path(unit, "compute_80", PathCompiler("newer"))
+    cache.write_entry(newer, PathCompiler("newer", loads=False).compile(unit, "compute_80"))
+    os.utime(older, (1, 1))
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == f"compiled: {older}"
+
+
+def test_what_another_compiler_made_ahead_of_time_spares_compiling(gpu: Compilers, scale_params) -> None:
+    path = build.cached_path(Unit(build.CUDA_SOURCES / "scale.cu", "float32"), "sm_90", PathCompiler("nvcc"))
+    compiler = PathCompiler("nvrtc")
+    gpu(compiler)
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == f"compiled: {path}"
+    assert compiler.calls == 0
+
+
+def test_what_another_version_of_the_compiler_made_spares_nothing(gpu: Compilers, scale_params) -> None:
+    older, newer = PathCompiler("nvrtc"), PathCompiler("nvrtc")
+    older.version = "0.9"
+    build.cached(Unit(build.CUDA_SOURCES / "scale.cu", "float32"), "sm_90", older)
+    gpu(newer)
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == "compiled: sm_90, nvrtc 1.0"
+    assert newer.calls == 1
+
+
+def test_what_was_made_ahead_of_time_and_does_not_load_is_compiled_anew(gpu: Compilers, scale_params) -> None:
+    unit = Unit(build.CUDA_SOURCES / "scale.cu", "float32")
+    build.cached_path(unit, "sm_90", PathCompiler("nvcc", loads=False))
+    gpu(PathCompiler("nvrtc"))
+    check(native.library("scale", torch.float32, GPU), scale_params)
+    assert native.explain("scale", torch.float32, GPU) == "compiled: sm_90, nvrtc 1.0"
+
+
+def test_the_reason_names_all_that_was_tried_once(gpu: Compilers) -> None:
+    path = build.cached_path(
+        Unit(build.CUDA_SOURCES / "scale.cu", "float32"), "compute_80", PathCompiler("elsewhere", loads=False)
+    )
+    gpu(PathCompiler("nvrtc", loads=False), PathCompiler("nvcc", loads=False))
+    said = native.explain("scale", torch.float32, GPU)
+    assert said.split("; ") == [
+        "PyTorch: scale-float32 (sm_90, nvrtc 1.0) does not load: what nvrtc made is an invalid image",
+        "scale-float32 (sm_90, nvcc 1.0) does not load: what nvcc made is an invalid image",
+        f"scale-float32 ({path}) does not load: what elsewhere made is an invalid image",
+        "install a newer NVIDIA driver",
+    ]
+
+
+# --- several GPUs ---
+
+
+def test_one_gpu_s_lack_is_not_another_s(gpu: Compilers, scale_params, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = torch.device("cuda", 1)
+
+    class Pair(Loaded):
+        def __init__(self, image: bytes, device: int) -> None:
+            super().__init__(b"nothing for this device" if device == 0 else image, device)
 
     gpu(PathCompiler())
-    monkeypatch.setattr(native, "Cubin", refuse)
-    with pytest.warns(RuntimeWarning, match=r"scale-float32 \(sm_90, nvrtc 1.0\) does not load: cuLibraryLoadData"):
+    monkeypatch.setattr(native, "Cubin", Pair)
+    with pytest.warns(RuntimeWarning, match="on cuda:0 instead"):
         assert native.library("scale", torch.float32, GPU) is None
+    check(native.library("scale", torch.float32, other), scale_params)
+    assert native.explain("scale", torch.float16, other) == "compiled: sm_90, nvrtc 1.0"
+
+
+def test_each_kind_of_lack_is_warned_of_once(gpu: Compilers) -> None:
+    def ask(indices: range) -> list[native.Library | None]:
+        return [native.library("scale", torch.float32, torch.device("cuda", index)) for index in indices]
+
+    with pytest.warns(RuntimeWarning, match="no nvrtc found") as warned:
+        assert ask(range(2)) == [None] * 2
+    assert len(warned) == 1
+    gpu(PathCompiler(loads=False))
+    with pytest.warns(RuntimeWarning, match="does not load") as warned:
+        assert ask(range(2, 4)) == [None] * 2
+    assert len(warned) == 1
+
+
+def test_a_device_without_a_number_is_the_current_one(gpu: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(PathCompiler())
+    chosen = []
+    for index in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+        chosen.append(native.library("scale", torch.float32, torch.device("cuda")))
+    assert [library.device for library in chosen if isinstance(library, Loaded)] == [0, 1]
+    assert chosen[1] is native.library("scale", torch.float32, torch.device("cuda", 1))
 
 
 def test_cuda_makes_the_lack_an_error(gpu: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +357,7 @@ def cpu_sources(sources: Path, kernel_cache: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cpu_uses_its_own_kernels(cpu_sources: Path, scale_params) -> None:
     library = native.library("scale", torch.float32, CPU)
     assert library is not None
-    assert (library.vector_bytes, library.threads) == (64, 1)
+    assert (library.vector_bytes, library.threads) == (1, 1)
     x, y = torch.arange(100.0), torch.zeros(100)
     library.launch("scale", (1, 1, 1), (1, 1, 1), scale_params(x.data_ptr(), y.data_ptr(), 100, 3))
     assert torch.equal(y, 3 * x)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe import kernels
+from stylepipe.kernels import _operands, build, native
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ops.npz"
 TOLERANCE = 1e-10  # of the file: float64, relative L2
@@ -285,3 +288,42 @@ def test_ops_give_shapes_on_the_meta_device() -> None:
     y = kernels.upsample2d(x, torch.empty(4, 4, device="meta"))
     assert y.shape == (2, 3, 12, 10)
     assert kernels.bias_act(y, act="swish").is_contiguous(memory_format=torch.channels_last)
+
+
+# --- what kernels and PyTorch must agree on at the edges ---
+
+
+def test_nothing_passes_a_slope_of_zero_not_even_infinity(either) -> None:
+    x = torch.tensor([5.0, -5.0, 0.5]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = kernels.bias_act(x, act="relu", gain=1, clamp=1)
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, torch.inf))
+    assert dx[0, :, 0, 0].tolist() == [0, 0, torch.inf]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_bias_gradient_of_many_half_precision_numbers_keeps_its_range(either, memory_format) -> None:
+    x = torch.zeros(1, 8, 320, 320, dtype=torch.float16).contiguous(memory_format=memory_format)
+    b = torch.ones(8, requires_grad=True)
+    kernels.bias_act(x, b, act="lrelu", gain=1).sum(dtype=torch.float32).backward()
+    assert b.grad.tolist() == [320 * 320] * 8  # above 65504
+
+
+def test_a_tall_narrow_image_stays_within_the_grid(shim) -> None:
+    f = kernels.setup_filter([1, 3, 3, 1], separable=True)
+    x = torch.randn(1, 4, 300_000, 1).contiguous(memory_format=torch.channels_last)
+    with native.use(shim):
+        found = kernels.upfirdn2d(x, f, padding=2)
+    with native.use(lambda *_: None):
+        torch.testing.assert_close(found, kernels.upfirdn2d(x, f, padding=2))
+
+
+def test_activations_have_one_order() -> None:
+    source = (build.CUDA_SOURCES / "common.cuh").read_text()
+    (names,) = re.findall(r"enum Activation \{ (.*?) \};", source)
+    assert (
+        tuple(names.lower().split(", "))
+        == _operands.ACTIVATIONS
+        == tuple(importlib.import_module("stylepipe.kernels.bias_act")._ACTIVATIONS)
+        == ACTIVATIONS
+    )
