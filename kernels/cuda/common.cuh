@@ -17,8 +17,10 @@
 #define UNROLL_BY(times) _Pragma(STRING(unroll(times)))
 #define STRING(text) #text
 // KERNEL for kernels whose threads work alone, COOPERATIVE_KERNEL for those that meet at barriers.
-#define KERNEL(name, Params, max_threads) \
-    extern "C" __global__ void __launch_bounds__(max_threads, 2) name(const __grid_constant__ Params p)
+// Two blocks fit on a multiprocessor; one of float64, whose registers count twice.
+#define KERNEL(name, Params, max_threads)                                            \
+    extern "C" __global__ void __launch_bounds__(max_threads, sizeof(Scalar) == 8 ? 1 : 2) \
+        name(const __grid_constant__ Params p)
 #define COOPERATIVE_KERNEL KERNEL
 #endif
 

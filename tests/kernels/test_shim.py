@@ -181,13 +181,11 @@ WRONG = {
     "no barrier in a sum over columns": Break("epilogue.cu", f"    {BARRIER}    }}\n", "    }\n", "bias_act", nth=1),
     "no barrier before colours": Break("epilogue.cu", f"{BARRIER}        // Shares", "// Shares", "styled_act"),
     "a tile that begins a row late": Break("upfirdn2d.cu", "(out_y, p.pad_y);", "(out_y, p.pad_y) + 1;", "upfirdn2d"),
-    "columns off by one": Break(
-        "fir_rows.cuh", "in_row, column + j))", "in_row, larger(column + j - 1, 0)))", "upfirdn2d"
-    ),
+    "taps off by one": Break("fir_rows.cuh", "f[F::across(j, e)]", "f[(F::across(j, e) + 1) % TAPS]", "upfirdn2d"),
     "a strip that ends early": Break("fir_rows.cuh", "line_end = smaller(", "line_end = smaller(-1 + ", "act_fir"),
     "taps in the other order": Break("fir_rows.cuh", "[p.flip_filter", "[!p.flip_filter", "act_fir"),
-    "no clamp": Break("common.cuh", "return value < -clamp ?", "return true ? value : value < -clamp ?", "bias_act"),
-    "a slope beyond the clamp": Break("channel.cuh", "? Real(0) : slope", "? slope : slope", "bias_act"),
+    "no clamp": Break("channel.cuh", "clamped ? copysign(clamp, a) : a", "a", "bias_act"),
+    "a slope beyond the clamp": Break("channel.cuh", "clamped ? Real(0) : slope", "slope", "bias_act"),
     "noise of the first image": Break("channel.cuh", "image * of.noise_stride + pixel", "pixel", "styled_act"),
     "a gradient left out": Break("channel.cuh", "sums.bias[i] += du;", "sums.bias[i] += i ? du : 0;", "styled_act"),
     "codes in the other order": Break("fused_fir.cu", "<< 2 * i;", "<< 2 * (VECTOR - 1 - i);", "act_fir"),
