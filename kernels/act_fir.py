@@ -46,6 +46,8 @@ def act_fir(
     if b is not None and list(b.shape) != [x.shape[1]]:
         raise ValueError(f"act_fir: b of shape {list(b.shape)}: expected {[x.shape[1]]}, x's channels")
     check_clamp("act_fir", clamp)
+    if b is not None and b.device != x.device:
+        raise ValueError(f"act_fir: b on {b.device}: expected it on {x.device}, as x")
     gain = float(activation_gain(act) if gain is None else gain)
     clamp = None if clamp is None else float(clamp)
     if torch.compiler.is_compiling() or _kernels(x, f, padding, act, gain) is None:

@@ -127,6 +127,10 @@ def bias_act(
     """
     spec = _lookup(act)
     check_clamp("bias_act", clamp)
+    if not x.is_floating_point():
+        raise ValueError(f"bias_act: x of {x.dtype}: expected a floating type, such as x.float()")
+    if b is not None and b.device != x.device:
+        raise ValueError(f"bias_act: b on {b.device}: expected it on {x.device}, as x")
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias_act: b of shape {list(b.shape)}: expected [{x.shape[dim]}], x's size along dim {dim}")
     return torch.ops.stylepipe.bias_act(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 _LOCKS = "locks"
 
 _log = logging.getLogger(__name__)
+
+# As build.py names them: unit, scalar type, target, hash; compiler and version; kind of file.
+_ENTRY_NAME = re.compile(r".+-b?float(16|32|64)-\w+-[0-9a-f]{16}\..+\.(cubin|ptx|so)")
 _warned: set[Path] = set()
 
 
@@ -110,7 +114,7 @@ def remove_entries(folder: Path) -> tuple[int, int]:
 
     Locks stay: who waits for one that is removed would then hold a file that no other process sees.
     """
-    entries = [*list_entries(folder), *folder.glob(".*.tmp")]
+    entries = [*list_entries(folder), *(path for path in folder.glob(".*.tmp") if path.is_file())]
     sizes = [path.stat().st_size for path in entries]
     for path in entries:
         path.unlink(missing_ok=True)
@@ -118,8 +122,8 @@ def remove_entries(folder: Path) -> tuple[int, int]:
 
 
 def list_entries(folder: Path) -> list[Path]:
-    """Return the entries of a folder, sorted by name."""
-    return sorted(path for suffix in ("cubin", "ptx", "so") for path in folder.glob(f"[!.]*.{suffix}"))
+    """Return the entries of a folder, sorted by name; other people's files beside them are none."""
+    return sorted(path for path in folder.glob("[!.]*") if path.is_file() and _ENTRY_NAME.fullmatch(path.name))
 
 
 def _acquire(lock: FileLock, name: str, report: Report) -> None:

@@ -98,7 +98,10 @@ def _find() -> tuple[tuple[str, ...], str, str]:
     """Return command, name and version of $CXX, else of the first of g++ and clang++ that is there."""
     chosen = os.environ.get("CXX")
     for candidate in [chosen] if chosen else ["g++", "clang++"]:
-        command = tuple(shlex.split(candidate))
+        try:
+            command = tuple(shlex.split(candidate))
+        except ValueError as error:
+            raise BuildError(f"$CXX, {candidate}, is no command ({error})") from error
         if command and shutil.which(command[0]):
             said = run_compiler([*command, "--version"], "a question for its version").partition("\n")[0]
             numbers = re.findall(r"\d+(?:\.\d+)+", said)

@@ -121,6 +121,8 @@ def _check(of: StyledTensors, options: StyledOptions) -> None:
     """Raise ValueError where an operand does not fit x: kernels would read beyond its end."""
     if of.x.ndim != 4:
         raise ValueError(f"styled_act: x of shape {list(of.x.shape)}: expected [N, C, H, W]")
+    if not of.x.is_floating_point():
+        raise ValueError(f"styled_act: x of {of.x.dtype}: expected a floating type, such as x.float()")
     if (of.noise is None) != (of.noise_strength is None):
         raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
     check_clamp("styled_act", options.clamp)
@@ -140,6 +142,8 @@ def _check(of: StyledTensors, options: StyledOptions) -> None:
         tensor = getattr(of, name)
         if tensor is None:
             continue
+        if tensor.device != of.x.device:
+            raise ValueError(f"styled_act: {name} on {tensor.device}: expected it on {of.x.device}, as x")
         found = list(tensor.shape)
         if name == "rgb_weight" and len(found) == 3:
             found[1] = "K"  # any number of colours

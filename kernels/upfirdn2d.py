@@ -42,13 +42,15 @@ def upfirdn2d(
         [N, C, (H * up + y0 + y1 - fh) // down + 1, likewise the width], of x's type and in x's memory format.
 
     Raises:
-        ValueError: an argument has the wrong number of entries or the output would be empty.
+        ValueError: an argument has the wrong number of entries or type, or the output would be empty.
     """
     x0, x1, y0, y1 = expand_padding(padding)
     upx, upy = expand_pair(up, "up")
     downx, downy = expand_pair(down, "down")
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: x of shape {list(x.shape)}: expected [N, C, H, W]")
+    if not x.is_floating_point():
+        raise ValueError(f"upfirdn2d: x of {x.dtype}: expected a floating type, such as x.float()")
     if f.ndim not in (1, 2) or f.numel() == 0:
         raise ValueError(f"upfirdn2d: filter of shape {list(f.shape)}: expected [taps] or [fh, fw], not empty")
     return torch.ops.stylepipe.upfirdn2d(x, f, [upx, upy], [downx, downy], [x0, x1, y0, y1], flip_filter, float(gain))

@@ -156,9 +156,10 @@ def test_the_folder_is_the_first_that_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_removing_leaves_nothing_but_locks(unit: build.Unit, kernel_cache: Path) -> None:
     build.cached(unit, TARGET, Upper())
     (kernel_cache / ".left-by-a-killed-build.123.tmp").write_bytes(b"12345")
-    (kernel_cache / "somebody's").write_bytes(b"else")
+    for name in ("somebody's", "library.so", "model.ptx"):
+        (kernel_cache / name).write_bytes(b"else")
     assert cache.remove_entries(kernel_cache) == (2, len(b"KERNEL") + 32 + 5)
-    assert {path.name for path in kernel_cache.iterdir()} == {"locks", "somebody's"}
+    assert {path.name for path in kernel_cache.iterdir()} == {"locks", "somebody's", "library.so", "model.ptx"}
     assert cache.remove_entries(kernel_cache / "nowhere") == (0, 0)
 
 

@@ -375,6 +375,11 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     return "no-such-compiler, as $CXX says"
 
 
+def no_command(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
+    monkeypatch.setenv("CXX", 'g++ "')
+    return '$CXX, g++ ", is no command'
+
+
 def a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     (folder / "scale.cpp").write_text("wrong")
     return "failed to compile scale-float32 for the CPU"
@@ -385,7 +390,7 @@ def a_file_that_does_not_load(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     return "undefined symbol: nowhere"
 
 
-@pytest.mark.parametrize("lack", [no_compiler, a_compiler_that_fails, a_file_that_does_not_load])
+@pytest.mark.parametrize("lack", [no_compiler, no_command, a_compiler_that_fails, a_file_that_does_not_load])
 def test_a_cpu_that_does_without_is_no_reason_to_warn(
     cpu_sources: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -393,7 +398,8 @@ def test_a_cpu_that_does_without_is_no_reason_to_warn(
     lack: Callable[[pytest.MonkeyPatch, Path], str],
 ) -> None:
     reason = lack(monkeypatch, cpu_sources)
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger=native.__name__)
+    monkeypatch.setattr(logging.getLogger("stylepipe"), "propagate", True)  # a training run before may have changed it
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert native.library("scale", torch.float32, CPU) is None

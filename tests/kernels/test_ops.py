@@ -327,3 +327,18 @@ def test_activations_have_one_order() -> None:
         == tuple(importlib.import_module("stylepipe.kernels.bias_act")._ACTIVATIONS)
         == ACTIVATIONS
     )
+
+
+def test_integers_and_operands_elsewhere_are_refused() -> None:
+    x, f = torch.ones(1, 8, 4, 4), kernels.setup_filter([1, 3, 3, 1])
+    for op in (lambda: kernels.upfirdn2d(x.int(), f, padding=2), lambda: kernels.bias_act(x.int())):
+        with pytest.raises(ValueError, match="expected a floating type"):
+            op()
+    elsewhere = torch.ones(8, device="meta")
+    for op in (
+        lambda: kernels.bias_act(x, elsewhere),
+        lambda: kernels.styled_act(x, bias=elsewhere),
+        lambda: kernels.act_fir(x, elsewhere, f),
+    ):
+        with pytest.raises(ValueError, match="on meta: expected it on cpu"):
+            op()
