@@ -45,7 +45,8 @@ demo: $(STAMP) ## Train a small face model on drawn faces, a few minutes on any 
 test: lint ## Lint, then the quick tests with coverage
 	$(BIN)/pytest -m "not slow and not gpu" -n $(JOBS) --cov --cov-report=term
 
-test-all: lint ## Lint, then every test (those marked gpu are skipped without a CUDA device)
+test-all: lint ## Lint, then every test (those marked gpu are skipped without a CUDA device); adds NVRTC to .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[nvrtc]'
 	$(BIN)/pytest -n $(JOBS) --cov --cov-report=term
 
 lint: types ## Check style, formatting and types

@@ -24,6 +24,18 @@ def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def check_floating(op: str, x: torch.Tensor) -> None:
+    """Raise ValueError for integers: filters and slopes would be rounded to their type."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x of {x.dtype}: expected a floating type, such as x.float()")
+
+
+def check_device(op: str, name: str, operand: torch.Tensor | None, x: torch.Tensor) -> None:
+    """Raise ValueError for an operand elsewhere: kernels take addresses."""
+    if operand is not None and operand.device != x.device:
+        raise ValueError(f"{op}: {name} on {operand.device}: expected it on {x.device}, as x")
+
+
 def in_own_type(x: torch.Tensor) -> AbstractContextManager[object]:
     """Keep autocast from changing the type that PyTorch's operations compute in, as it keeps out of kernels."""
     device = x.device.type

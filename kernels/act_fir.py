@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stylepipe.kernels._fir import fits_fused, plain_geometry, run_act_fir, run_act_fir_backward, transposed_padding
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, check_device, check_floating, compiled
 from stylepipe.kernels._operands import Operands, real_of, slope_below
 from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp
 from stylepipe.kernels.native import Library
@@ -46,8 +46,8 @@ def act_fir(
     if b is not None and list(b.shape) != [x.shape[1]]:
         raise ValueError(f"act_fir: b of shape {list(b.shape)}: expected {[x.shape[1]]}, x's channels")
     check_clamp("act_fir", clamp)
-    if b is not None and b.device != x.device:
-        raise ValueError(f"act_fir: b on {b.device}: expected it on {x.device}, as x")
+    check_floating("act_fir", x)
+    check_device("act_fir", "b", b, x)
     gain = float(activation_gain(act) if gain is None else gain)
     clamp = None if clamp is None else float(clamp)
     if torch.compiler.is_compiling() or _kernels(x, f, padding, act, gain) is None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe.kernels._epilogue import run_backward, run_forward, view_along
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, memory_format_of
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, check_device, check_floating, compiled, memory_format_of
 from stylepipe.kernels._operands import Operands, real_of
 from stylepipe.kernels.native import Library
 
@@ -127,10 +127,8 @@ def bias_act(
     """
     spec = _lookup(act)
     check_clamp("bias_act", clamp)
-    if not x.is_floating_point():
-        raise ValueError(f"bias_act: x of {x.dtype}: expected a floating type, such as x.float()")
-    if b is not None and b.device != x.device:
-        raise ValueError(f"bias_act: b on {b.device}: expected it on {x.device}, as x")
+    check_floating("bias_act", x)
+    check_device("bias_act", "b", b, x)
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias_act: b of shape {list(b.shape)}: expected [{x.shape[dim]}], x's size along dim {dim}")
     return torch.ops.stylepipe.bias_act(

@@ -187,6 +187,16 @@ def best_target(capability: int, supported: Iterable[int]) -> str | None:
     return f"sm_{max(runnable)}" if runnable else f"compute_{max(known)}"
 
 
+def target_for(capability: int, supported: Iterable[int], who: str, remedy: str) -> str:
+    """Return best_target, or raise BuildError that says who compiles for what, and the remedy."""
+    known = list(supported)
+    target = best_target(capability, known)
+    if target is None:
+        oldest, asked = min(known) / 10, capability / 10
+        raise BuildError(f"{who} compiles for compute capability {oldest} or newer, the device has {asked}; {remedy}")
+    return target
+
+
 def runnable_targets(capability: int) -> list[str]:
     """Return every target that a device can run, best first."""
     return [

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stylepipe.kernels.build import BuildError, Unit, best_target, device_flags, run_compiler
+from stylepipe.kernels.build import BuildError, Unit, device_flags, run_compiler, target_for
 from stylepipe.kernels.cache import write_entry
 
 
@@ -42,14 +42,7 @@ class Nvcc:
 
     def target(self, capability: int) -> str:
         """Return what to compile for a device; its compute capability 9.0 is 90."""
-        target = best_target(capability, self.supported)
-        if target is None:
-            oldest = min(self.supported)
-            raise BuildError(
-                f"nvcc {self.version} compiles for compute capability {oldest / 10} or newer, the device has "
-                f"{capability / 10}; install an older CUDA toolkit"
-            )
-        return target
+        return target_for(capability, self.supported, f"nvcc {self.version}", "install an older CUDA toolkit")
 
     def flags(self, unit: Unit, target: str) -> list[str]:
         """Return the flags of all GPU compilers."""

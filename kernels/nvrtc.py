@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stylepipe.errors import UserError
-from stylepipe.kernels.build import BuildError, Unit, best_target, device_flags
+from stylepipe.kernels.build import BuildError, Unit, device_flags, target_for
 from stylepipe.kernels.cache import write_entry
 
 LIBRARY_VARIABLE = "STYLEPIPE_NVRTC"
@@ -55,14 +55,7 @@ class Nvrtc:
 
         A device newer than the library gets PTX, which its driver translates.
         """
-        target = best_target(capability, self.supported)
-        if target is None:
-            oldest = min(self.supported)
-            raise BuildError(
-                f"NVRTC {self.version} compiles for compute capability {oldest / 10} or newer, the device has "
-                f"{capability / 10}; install a torch of an older CUDA"
-            )
-        return target
+        return target_for(capability, self.supported, f"NVRTC {self.version}", "install a torch of an older CUDA")
 
     def flags(self, unit: Unit, target: str) -> list[str]:
         """Return the flags of all GPU compilers."""

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from stylepipe.kernels._epilogue import makes_rgb, run_backward, run_forward, view_of
 from stylepipe.kernels._fir import Geometry, fits_fused, plain_geometry, run_fir_epilogue, run_fir_epilogue_backward
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, compiled, memory_format_of
+from stylepipe.kernels._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    STRAIGHT,
+    check_device,
+    check_floating,
+    compiled,
+    memory_format_of,
+)
 from stylepipe.kernels._operands import Operands
 from stylepipe.kernels._styled_composed import (
     StyledOptions,
@@ -121,8 +129,7 @@ def _check(of: StyledTensors, options: StyledOptions) -> None:
     """Raise ValueError where an operand does not fit x: kernels would read beyond its end."""
     if of.x.ndim != 4:
         raise ValueError(f"styled_act: x of shape {list(of.x.shape)}: expected [N, C, H, W]")
-    if not of.x.is_floating_point():
-        raise ValueError(f"styled_act: x of {of.x.dtype}: expected a floating type, such as x.float()")
+    check_floating("styled_act", of.x)
     if (of.noise is None) != (of.noise_strength is None):
         raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
     check_clamp("styled_act", options.clamp)
@@ -142,8 +149,7 @@ def _check(of: StyledTensors, options: StyledOptions) -> None:
         tensor = getattr(of, name)
         if tensor is None:
             continue
-        if tensor.device != of.x.device:
-            raise ValueError(f"styled_act: {name} on {tensor.device}: expected it on {of.x.device}, as x")
+        check_device("styled_act", name, tensor, of.x)
         found = list(tensor.shape)
         if name == "rgb_weight" and len(found) == 3:
             found[1] = "K"  # any number of colours

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe.kernels._fir import Geometry, run_upfirdn2d
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, compiled, in_own_type, memory_format_of
+from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, check_floating, compiled, in_own_type, memory_format_of
 
 Pair = int | Sequence[int]
 
@@ -49,8 +49,7 @@ def upfirdn2d(
     downx, downy = expand_pair(down, "down")
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: x of shape {list(x.shape)}: expected [N, C, H, W]")
-    if not x.is_floating_point():
-        raise ValueError(f"upfirdn2d: x of {x.dtype}: expected a floating type, such as x.float()")
+    check_floating("upfirdn2d", x)
     if f.ndim not in (1, 2) or f.numel() == 0:
         raise ValueError(f"upfirdn2d: filter of shape {list(f.shape)}: expected [taps] or [fh, fw], not empty")
     return torch.ops.stylepipe.upfirdn2d(x, f, [upx, upy], [downx, downy], [x0, x1, y0, y1], flip_filter, float(gain))

@@ -23,6 +23,7 @@ from stylepipe.config import Config, filled, from_mapping
 from stylepipe.datasets.cache import dataset_for_training
 from stylepipe.datasets.shards import ShardDataset, is_prepared, open_dataset
 from stylepipe.errors import UserError
+from stylepipe.kernels import native
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.gan import GANRecipe, trial
 from stylepipe.training.allocator import keep_freed_memory
@@ -189,8 +190,9 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
     """Fill every option that the preset and the device decide.
 
     Raises:
-        UserError: a precision that the device has not, or what `resolve` refuses.
+        UserError: a precision that the device has not, an unknown choice of kernels, or what `resolve` refuses.
     """
+    native.mode()  # asked for before anything is made
     on_cpu = accelerator.device.type == "cpu"
     config = resolve(config, accelerator.num_processes, max(1, CPU_BATCH_PIXELS // config.res) if on_cpu else None)
     if on_cpu:

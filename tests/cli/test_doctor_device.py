@@ -251,9 +251,10 @@ def test_cxx(monkeypatch: pytest.MonkeyPatch, cxx: str) -> None:
 def test_the_kernel_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "kernels"
     assert doctor_device.kernel_cache() == Finding("kernel cache", "ok", f"{folder}: 0 compiled, 0.0 MB")
-    write_entry(folder / "epilogue-float32-sm_90-0123456789abcdef.nvrtc-13.0.cubin", b"0" * 1_500_000)
+    entry = "epilogue-float32-sm_90-0123456789abcdef.nvrtc-13.0.cubin"
+    write_entry(folder / entry, b"0" * 1_500_000)
     assert doctor_device.kernel_cache().text == f"{folder}: 1 compiled, 1.5 MB"
-    assert sorted(path.name for path in folder.iterdir()) == ["epilogue-float32-sm_90-0123456789abcdef.nvrtc-13.0.cubin"]
+    assert sorted(path.name for path in folder.iterdir()) == [entry]
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "file"))
     finding = doctor_device.kernel_cache()

@@ -446,3 +446,10 @@ def test_help_fits_a_reader(capsys):
     text = capsys.readouterr().out
     for option in ("--res", "--data", "--preset", "--config", "--kimg", "--resume", "--network.channel-base"):
         assert option in text
+
+
+def test_an_unknown_choice_of_kernels_leaves_no_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STYLEPIPE_KERNELS", "bogus")
+    assert main(["train", "--res", "16", "--tracker", "none", "--out", str(tmp_path / "run")]) == 2
+    assert "STYLEPIPE_KERNELS=bogus: expected one of auto, cuda, torch" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

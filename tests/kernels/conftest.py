@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stylepipe.kernels import build, cache, gxx, native
+from stylepipe.kernels import build, cache, gxx, native, nvcc, nvrtc
 
 sys.path.append(str(Path(__file__).parent))  # for drawn_cases; pytest's importlib mode leaves it out
 
@@ -62,6 +62,24 @@ def cxx() -> tuple[str, ...]:
     """Give the command of the C++ compiler, or skip."""
     try:
         return gxx.host_shim().command
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def the_nvcc() -> nvcc.Nvcc:
+    """Give nvcc, or skip."""
+    try:
+        return nvcc.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def the_nvrtc() -> nvrtc.Nvrtc:
+    """Give NVRTC, or skip."""
+    try:
+        return nvrtc.find_nvrtc()
     except build.BuildError as error:
         pytest.skip(str(error))
 

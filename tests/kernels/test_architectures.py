@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from stylepipe.kernels import build, nvcc, nvrtc
-from stylepipe.kernels.build import BuildError, Unit
+from stylepipe.kernels.build import Unit
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120")
 MOST_REGISTERS = {"float64": 255}  # all that a thread can have; each of its numbers takes two
@@ -43,22 +43,6 @@ def check_image(image: bytes, unit: Unit, target: str) -> None:
     assert kernel_names(unit)
     for name in kernel_names(unit):
         assert form.format(name).encode() in image, name
-
-
-@pytest.fixture
-def the_nvcc() -> nvcc.Nvcc:
-    try:
-        return nvcc.find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def the_nvrtc() -> nvrtc.Nvrtc:
-    try:
-        return nvrtc.find_nvrtc()
-    except BuildError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("source", SOURCES)

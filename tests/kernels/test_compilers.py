@@ -19,22 +19,6 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "compute_120")
 ELF_MACHINE_CUDA = 190
 
 
-@pytest.fixture
-def the_nvcc() -> nvcc.Nvcc:
-    try:
-        return nvcc.find_nvcc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def the_nvrtc() -> nvrtc.Nvrtc:
-    try:
-        return nvrtc.find_nvrtc()
-    except BuildError as error:
-        pytest.skip(str(error))
-
-
 def check_image(image: bytes, target: str) -> None:
     if target.startswith("sm_"):
         assert image[:4] == b"\x7fELF"

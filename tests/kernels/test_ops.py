@@ -331,7 +331,13 @@ def test_activations_have_one_order() -> None:
 
 def test_integers_and_operands_elsewhere_are_refused() -> None:
     x, f = torch.ones(1, 8, 4, 4), kernels.setup_filter([1, 3, 3, 1])
-    for op in (lambda: kernels.upfirdn2d(x.int(), f, padding=2), lambda: kernels.bias_act(x.int())):
+    integers = x.int()
+    for op in (
+        lambda: kernels.upfirdn2d(integers, f, padding=2),
+        lambda: kernels.bias_act(integers),
+        lambda: kernels.styled_act(integers),
+        lambda: kernels.act_fir(integers, None, f),
+    ):
         with pytest.raises(ValueError, match="expected a floating type"):
             op()
     elsewhere = torch.ones(8, device="meta")
