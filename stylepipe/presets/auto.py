@@ -19,6 +19,7 @@ def preset(res: int, world_size: int, batch_size: int | None) -> Config:
     learning_rate = 0.002 if res >= 1024 else 0.0025
     return Config(
         kimg=25_000,
+        augment="ada",
         batch_size=batch_size,
         batch_gpu=batch_gpu,
         network=NetworkConfig(

@@ -36,6 +36,11 @@ class Draws:
         numbers = [self._philox(purpose, p).random(dtype=np.float32) for p in positions]
         return self.to_device(torch.from_numpy(np.array(numbers)))
 
+    def uniforms(self, purpose: str, positions: Sequence[int], size: int) -> Tensor:
+        """Return uniform numbers in [0, 1), [N, size] float32; the first of a row is that of `uniform`."""
+        rows = [self._philox(purpose, p).random(size, dtype=np.float32) for p in positions]
+        return self.to_device(torch.from_numpy(np.stack(rows)))
+
     def integers(self, purpose: str, positions: Sequence[int], high: int) -> list[int]:
         """Return whole numbers in 0..high - 1, on the host."""
         return [int(self._philox(purpose, p).integers(high)) for p in positions]

@@ -19,6 +19,7 @@ class Stage:
         batch_size: images of the step on all devices together.
         lr_multiplier: factor of both learning rates.
         step: steps taken before this one.
+        images_seen: the clock that all of it follows.
     """
 
     resolution: int
@@ -26,6 +27,7 @@ class Stage:
     batch_size: int
     lr_multiplier: float
     step: int
+    images_seen: int
 
 
 class Schedule(Protocol):
@@ -44,4 +46,4 @@ class FixedResolution:
     batch_size: int
 
     def at(self, images_seen: int) -> Stage:
-        return Stage(self.resolution, 1.0, self.batch_size, 1.0, images_seen // self.batch_size)
+        return Stage(self.resolution, 1.0, self.batch_size, 1.0, images_seen // self.batch_size, images_seen)

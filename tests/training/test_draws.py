@@ -15,6 +15,8 @@ def test_a_draw_belongs_to_its_position_whatever_the_batch():
     noise = draws.image_noise("noise", range(8), [3, 4, 4])
     torch.testing.assert_close(draws.image_noise("noise", [7, 0], [3, 4, 4]), noise[[7, 0]], rtol=0, atol=0)
     assert torch.equal(draws.uniform("u", [6]), draws.uniform("u", range(8))[6:7])
+    assert torch.equal(draws.uniforms("u", [6], 5), draws.uniforms("u", range(8), 5)[6:7])
+    assert torch.equal(draws.uniforms("u", range(8), 5)[:, 0], draws.uniform("u", range(8)))
 
 
 @pytest.mark.parametrize("draw", [lambda d, p, n: d.normal(p, [n], 8), lambda d, p, n: d.image_noise(p, [n], [8])])

@@ -1,0 +1,151 @@
+"""The discriminator's view within the training: who is augmented, with which draws, and how p moves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from stylepipe.config import AugmentConfig, Config, NetworkConfig
+from stylepipe.presets import resolve, with_precision
+from stylepipe.recipes.augmentation import Augmentation
+from stylepipe.recipes.gan import GANRecipe
+from stylepipe.training.draws import Draws
+from stylepipe.training.growth import Stage
+from stylepipe.training.phase import MicroBatch, Record
+
+CPU = torch.device("cpu")
+TINY = Config(
+    res=16,
+    batch_size=8,
+    batch_gpu=8,
+    network=NetworkConfig(z_dim=16, w_dim=16, channel_base=128, channel_max=16, mapping_layers=2),
+)
+STRONG = AugmentConfig(pipe="bgcfnc", p=1.0)
+
+
+def resolved(**changes: object) -> Config:
+    return with_precision(resolve(dataclasses.replace(TINY, **changes), 1), "fp32")
+
+
+def micro_batch(positions: list[int], img: torch.Tensor | None = None, images_seen: int = 0) -> MicroBatch:
+    return MicroBatch(positions, Stage(16, 1.0, 8, 1.0, 0, images_seen), img, torch.zeros(len(positions), 0))
+
+
+@pytest.fixture
+def img() -> torch.Tensor:
+    return torch.rand(8, 3, 16, 16).mul_(2).sub_(1).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("mode", "p"), [("none", None), ("ada", 0.0), ("fixed", 0.2), ("schedule", 0.3), ("diff", 1.0)]
+)
+def test_what_is_left_open_is_filled_from_the_papers(mode: str, p: float | None) -> None:
+    assert resolved(augment=mode).aug.p == p
+    assert resolved(augment=mode, aug=AugmentConfig(p=0.7)).aug.p == 0.7
+
+
+def test_without_augmentation_the_discriminator_sees_the_image_itself(img: torch.Tensor) -> None:
+    augment = Augmentation(resolved(augment="none"), Draws(0, CPU), CPU)
+    assert augment(img, "any", micro_batch(list(range(8)), img)) is img
+    assert augment.state == {}
+    assert augment.p is None
+
+
+@pytest.mark.parametrize("mode", ["ada", "fixed", "schedule", "diff"])
+def test_an_images_augmentation_follows_from_its_position_and_use(mode: str, img: torch.Tensor) -> None:
+    config = resolved(augment=mode, aug=dataclasses.replace(STRONG, schedule_kimg=1.0))
+    augment = Augmentation(config, Draws(0, CPU), CPU)
+    whole = augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=1000))
+    part = augment(img[[5, 2]], "D/main/real", micro_batch([5, 2], images_seen=1000))
+    torch.testing.assert_close(part, whole[[5, 2]], atol=1e-5, rtol=0)
+    assert (whole - img).abs().mean() > 0.01
+    for other in (
+        augment(img, "D/main/fake", micro_batch(list(range(8)), images_seen=1000)),
+        augment(img, "D/main/real", micro_batch(list(range(8, 16)), images_seen=1000)),
+        Augmentation(config, Draws(1, CPU), CPU)(img, "D/main/real", micro_batch(list(range(8)), images_seen=1000)),
+    ):
+        assert (whole - other).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_a_schedule_follows_the_clock(img: torch.Tensor) -> None:
+    config = resolved(augment="schedule", aug=AugmentConfig(p=0.5, schedule_kimg=2.0))
+    augment = Augmentation(config, Draws(0, CPU), CPU)
+    seen = []
+    for images_seen in (0, 1000, 2000, 5000, 1000):
+        augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=images_seen))
+        seen.append(float(augment.p))
+    assert seen == pytest.approx([0, 0.25, 0.5, 0.5, 0.25])
+    assert augment.state == {}  # nothing but the clock
+
+
+def test_the_schedule_is_the_length_of_the_training_unless_said() -> None:
+    assert resolved(augment="schedule", kimg=7.0).aug.schedule_kimg == 7.0
+
+
+@pytest.mark.parametrize(("target", "end"), [(-0.99, 0.004), (0.99, 0.0)])
+def test_ada_follows_the_discriminators_certainty(target: float, end: float, img: torch.Tensor) -> None:
+    config = resolved(augment="ada", aug=AugmentConfig(target=target, interval=2, speed_kimg=4.0))
+    augment = Augmentation(config, Draws(0, CPU), CPU)
+    record = Record(CPU)
+    for _ in range(2):
+        augment.record(torch.tensor([[1.0], [-1.0]]), record)
+        augment.follow(record.take_averages(1), Stage(16, 1.0, 8, 1.0, 0, 0))
+    assert float(augment.p) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("phase", ["G/main", "D/main", "D/r1"])
+def test_every_image_that_reaches_the_discriminator_is_augmented(phase: str, img: torch.Tensor) -> None:
+    recipe = GANRecipe(resolved(augment="fixed", aug=STRONG), CPU)
+    made: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    recipe.augment._pipeline.register_forward_hook(lambda module, inputs, image: made.append(image))
+    recipe.D.b16.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    (one,) = [each for each in recipe.phases if each.name == phase]
+    terms = list(one.loss(micro_batch(list(range(8)), img if one.uses_reals else None), Record(CPU)))
+    assert len(seen) == len(made) == len(terms)
+    for judged, augmented in zip(seen, made, strict=True):
+        assert torch.equal(judged, augmented)
+
+
+@pytest.mark.parametrize("mode", ["ada", "diff"])
+def test_gradients_pass_through_to_the_generator(mode: str) -> None:
+    recipe = GANRecipe(resolved(augment=mode, aug=STRONG), CPU)
+    for term in recipe.g_main(micro_batch(list(range(8))), Record(CPU)):
+        term.backward()
+    for name, p in recipe.G.named_parameters():
+        if "conv" in name and name.endswith(".weight") and "affine" not in name:
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_r1_is_that_of_the_image_before_it_is_augmented(img: torch.Tensor) -> None:
+    """|dD(T(x))/dx|^2 along one direction, by finite differences in float64."""
+    recipe = GANRecipe(resolved(augment="fixed", aug=AugmentConfig(pipe="bgc", p=1.0)), CPU)
+    weight = torch.randn(3, 16, 16, dtype=torch.float64)
+    recipe.D.forward = lambda image, c: (image.double() * weight).sum(dim=(1, 2, 3)).unsqueeze(1)  # type: ignore
+    batch = micro_batch(list(range(8)), img)
+    record = Record(CPU)
+    list(recipe.d_r1(batch, record))
+    total, count = record.take_sums()["Loss/D/r1"].tolist()
+    squares = torch.zeros(8, dtype=torch.float64)
+    base = recipe.D.forward(recipe.augment(img.detach(), "D/r1", batch), None)
+    for index in range(3 * 16 * 16):
+        step = torch.zeros(3 * 16 * 16)
+        step[index] = 1.0  # the way to D is linear in the image here, but for what float32 rounds
+        moved = recipe.augment(img.detach() + step.view(3, 16, 16), "D/r1", batch)
+        squares += (recipe.D.forward(moved, None) - base).flatten().square()
+    assert total / count == pytest.approx(float(squares.mean()), rel=1e-3)
+
+
+def test_a_state_from_before_augmentation_goes_on(img: torch.Tensor) -> None:
+    from stylepipe.training.engine import Engine
+
+    def engine(mode: str) -> Engine:
+        config = resolved(augment=mode, aug=AugmentConfig(p=0.25))
+        return Engine(GANRecipe(config, CPU), batch_gpu=8, optim=config.optim, ema=config.ema)
+
+    old, new = engine("none"), engine("ada")
+    new.load_state({name: tensor.clone() for name, tensor in old.state().items()}, images_seen=64)
+    assert new.images_seen == 64
+    assert float(new.recipe.state["augment.p"]) == 0.25
