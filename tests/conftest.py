@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's root."""
+
+# For foreign_checkpoints, which makes the files that three folders' tests read; pytest's importlib mode leaves it out.
+sys.path.append(str(ROOT / "tests" / "interop"))
 
 os.environ["WANDB_MODE"] = "offline"  # no test reaches a server, whoever is logged in on this machine
 os.environ["WANDB_SILENT"] = "true"
@@ -62,3 +68,17 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _same_randomness_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bound_by_permissions() -> Iterator[None]:
+    """Let files and folders without write permission refuse even root: take its capabilities to pass them away."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # capabilities(7): version 3, this thread
+    before, fewer = ((ctypes.c_uint32 * 6)() for _ in range(2))  # effective, permitted, inheritable; twice 32 bits
+    libc = ctypes.CDLL(None, use_errno=True)
+    for sets in (before, fewer):
+        assert libc.capget(header, sets) == 0
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, before) == 0

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a model; on several GPUs: accelerate launch launch/train.py",
     "prepare": "turn a folder of photographs into shards to train on",
     "sample": "make images with a trained network",
+    "convert": "turn StyleGAN2 weights of other projects into a network file, and back",
     "bench": "measure the speed of this machine",
     "kernels": "compile the CUDA kernels ahead of time; list or remove compiled ones",
     "doctor": "tell what this machine has for training, and what to do about what is not in order",

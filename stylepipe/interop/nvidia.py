@@ -6,7 +6,7 @@ repeat the resampling filter in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,29 +52,47 @@ def networks_from_state(config: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         missing, unknown = sorted(_CONFIG_KEYS - set(config)), sorted(set(config) - _CONFIG_KEYS)
         raise UserError(f"network config: missing {missing}, unknown {unknown}; expected {sorted(_CONFIG_KEYS)}")
     common = {key: config[key] for key in ("c_dim", "channel_base", "channel_max", "conv_clamp")}
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the weights drawn here are replaced: the caller's generator stays as it is
-        G = Generator(
+    G = build_filled(
+        lambda: Generator(
             config["res"],
             z_dim=config["z_dim"],
             w_dim=config["w_dim"],
             mapping_layers=config["mapping_layers"],
             architecture=config["g_architecture"],
             **common,
-        )
-        D = Discriminator(
+        ),
+        "G.",
+        arrays,
+    )
+    D = build_filled(
+        lambda: Discriminator(
             config["res"],
             architecture=config["d_architecture"],
             mbstd_group_size=config["mbstd_group"],
             **common,
-        )
-    return _filled(G, "G.", arrays), _filled(D, "D.", arrays)
+        ),
+        "D.",
+        arrays,
+    )
+    return G, D
 
 
-def _filled(network: Network, prefix: str, arrays: Mapping[str, np.ndarray]) -> Network:
-    """Replace the weights of `network` by the arrays under `prefix`, all of which must be used."""
-    expected = network.state_dict()
+def build_filled(make: Callable[[], Network], prefix: str, arrays: Mapping[str, np.ndarray]) -> Network:
+    """Build a network and fill it with the arrays under `prefix`, all of which must be used.
+
+    They are compared with the network's shapes first, so that a file cannot make us take more memory than it holds.
+    The caller's random generator stays as it is.
+
+    Args:
+        make: builds the network, with weights that are replaced.
+        prefix: in front of the official names, such as `G.`.
+        arrays: the weights; names without the prefix are ignored.
+
+    Raises:
+        UserError: as `networks_from_state`.
+    """
+    with torch.device("meta"):
+        expected = make().state_dict()
     state: dict[str, torch.Tensor] = {}
     for name, array in arrays.items():
         if not name.startswith(prefix):
@@ -92,11 +110,13 @@ def _filled(network: Network, prefix: str, arrays: Mapping[str, np.ndarray]) -> 
     if missing:
         named = ", ".join(prefix + key for key in missing[:3])
         raise UserError(f"arrays missing: {named}{' and more' if len(missing) > 3 else ''} ({len(missing)} in all)")
+    with torch.random.fork_rng(devices=[]):
+        network = make()
     network.load_state_dict(state)
     return network
 
 
 def _check_filter(name: str, array: np.ndarray) -> None:
-    ours = setup_filter(RESAMPLE_TAPS).numpy()
+    ours = setup_filter(RESAMPLE_TAPS, separable=False).numpy()
     if array.shape != ours.shape or not np.allclose(array, ours, rtol=1e-6):
         raise UserError(f"array {name}: another filter than {list(RESAMPLE_TAPS)}, the only one supported")
