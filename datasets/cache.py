@@ -15,11 +15,13 @@ from itertools import chain
 from pathlib import Path
 
 from stylepipe.datasets.drawn import draw_face
-from stylepipe.datasets.photos import encode
-from stylepipe.datasets.prepare import check_resolution, find_photos, in_tasks, prepare, printable, tool_versions
+from stylepipe.datasets.labels import find_labels
+from stylepipe.datasets.manifest import FORMAT_VERSION, Manifest
+from stylepipe.datasets.photos import encode, printable
+from stylepipe.datasets.prepare import check_resolution, find_photos, in_tasks, prepare, tool_versions
 from stylepipe.datasets.processes import available_cpus, map_in_order
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import FORMAT_VERSION, Manifest, is_prepared, open_dataset
+from stylepipe.datasets.shards import is_prepared, open_dataset
 from stylepipe.datasets.writer import ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
 
@@ -28,6 +30,7 @@ CACHE_VARIABLE = "STYLEPIPE_CACHE"
 # Constants, so that the built-in data is the same everywhere; chosen to be drawn within 40 s on two cores.
 DRAWN_COUNTS = {8: 4096, 16: 4096, 32: 4096, 64: 4096, 128: 4096, 256: 2048, 512: 1024, 1024: 512}
 _DRAWN_FORMAT = "png"
+_DRAWN_WITHOUT_LABELS = "the built-in faces have no labels; name data that has with --data, or leave out --cond"
 _FACES_PER_TASK = 16
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,7 @@ def dataset_for_training(
         resolution: of the images, in pixels.
         workers: processes that prepare; default one per core.
         upscale: also take photographs smaller than `resolution`.
-        labels: the training needs classes: from a prepared folder, or the top-level sub-folders of the photographs.
+        labels: the training needs labels: those of a prepared folder, or as `prepare` finds them for photographs.
         progress: show a progress bar where stderr is a terminal.
 
     Raises:
@@ -61,7 +64,7 @@ def dataset_for_training(
     check_resolution(resolution)
     if data is None:
         if labels:
-            raise UserError("the built-in faces have no labels; name data that has with --data, or leave out --cond")
+            raise UserError(_DRAWN_WITHOUT_LABELS)
         return _built_once(*_drawn_faces(resolution, workers, progress))
     data = Path(data)
     if is_prepared(data):
@@ -69,6 +72,18 @@ def dataset_for_training(
             raise UserError(f"{data}: has no labels; prepare it again with --labels, or train without --cond")
         return data
     return _built_once(*_photographs(data, resolution, workers, upscale, labels, progress))
+
+
+def label_dimensions(photographs: str | Path | None) -> int:
+    """Return the c_dim that a folder of photographs will have when it is prepared with labels.
+
+    Raises:
+        UserError: it has none, they do not fit, or None is given: the drawn faces have none.
+    """
+    if photographs is None:
+        raise UserError(_DRAWN_WITHOUT_LABELS)
+    photos = find_photos(Path(photographs))
+    return find_labels(photos.root, photos.files, photos.skipped).c_dim
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ not clipped; the embedded ICC profile applied; transparency laid over white); La
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from contextlib import suppress
 from functools import lru_cache
@@ -65,6 +66,20 @@ def read_square(path: Path, resolution: int, upscale: bool = False) -> Image.Ima
     if square.width == resolution:
         return square
     return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def is_image(path: Path) -> bool:
+    """Tell by its header whether a file is an image of a format that `read_square` takes."""
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_FORMATS):
+            return True
+    return False
+
+
+def printable(name: str) -> str:
+    """Return a file name as text; bytes that are not UTF-8 become `\\xNN`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def encode(image: Image.Image, image_format: str) -> bytes:

@@ -7,10 +7,11 @@ return, in order. So the dataset is the same to the byte for any number of worke
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -18,12 +19,16 @@ from pathlib import Path
 import PIL
 
 from stylepipe.config import MAX_RES, MIN_RES
-from stylepipe.datasets.photos import SkippedPhotoError, encode, read_square
+from stylepipe.datasets.labels import Labels, find_labels
+from stylepipe.datasets.manifest import Manifest, Skipped
+from stylepipe.datasets.photos import SkippedPhotoError, encode, printable, read_square
 from stylepipe.datasets.processes import available_cpus, map_in_order
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import FOREIGN_TARS, IMAGE_SUFFIXES, Manifest, Skipped, is_prepared
+from stylepipe.datasets.shards import FOREIGN_TARS, IMAGE_SUFFIXES, is_prepared
 from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _TASK_PIXELS = 1 << 22  # pixels that a worker returns at a time: enough to hide the round trip, little to hold
 
@@ -35,10 +40,6 @@ class Photos:
     root: Path
     files: tuple[str, ...]
     skipped: tuple[Skipped, ...]
-
-    def classes(self) -> tuple[str, ...]:
-        """Return the names of the top-level sub-folders that hold files, sorted: the classes."""
-        return tuple(sorted({name.split(os.sep, 1)[0] for name in self.files if os.sep in name}, key=os.fsencode))
 
 
 def prepare(
@@ -62,7 +63,7 @@ def prepare(
         workers: processes; default one per core. They do not change the result.
         image_format: `png` (lossless) or `jpeg` (quality 95, 4:4:4; a quarter of the size, decoded faster).
         upscale: enlarge photographs whose shorter side is below `resolution`; otherwise they are skipped.
-        labels: take the name of the top-level sub-folder as the image's class.
+        labels: label the images: from `dataset.json` in `source`, or else by the top-level sub-folder (see labels.py).
         shard_bytes: size at which the next shard is begun.
         progress: show a progress bar where stderr is a terminal.
 
@@ -70,7 +71,7 @@ def prepare(
         The manifest. Every file that gave no image is in its `skipped`, with the reason.
 
     Raises:
-        UserError: a bad option, no readable photograph, or `out` cannot be written.
+        UserError: a bad option, no readable photograph, labels that do not fit, or `out` cannot be written.
     """
     source, out = Path(source), Path(out)
     check_resolution(resolution)
@@ -81,22 +82,23 @@ def prepare(
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(f"OUT {out} lies inside SOURCE {source}; name a folder outside it")
     photos = find_photos(source)
-    classes = photos.classes() if labels else ()
-    class_numbers = {name: number for number, name in enumerate(classes)}
-    if labels and not classes:
-        raise UserError(f"{source}: has no sub-folders to take labels from; make one per class, or leave out --labels")
+    found = find_labels(source, photos.files, photos.skipped) if labels else Labels({}, None, ())
+    if labels:
+        photos = replace(photos, files=tuple(name for name in photos.files if name in found.of_file))
 
-    skipped = list(photos.skipped)
+    skipped = [*photos.skipped, *found.skipped]
     with new_dataset_folder(out) as folder, ShardWriter(folder, image_format, shard_bytes) as writer:
-        results = _converted(photos, resolution, image_format, upscale, labels, workers or available_cpus())
+        results = _converted(photos, resolution, image_format, upscale, workers or available_cpus())
         results = with_progress(results, len(photos.files), f"preparing {source.name or source}", progress)
         for name, result in zip(photos.files, results, strict=True):
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:
-                writer.add(result, class_numbers.get(_class_of(name), -1))
+                writer.add(result, found.of_file.get(name))
         if not writer.count:
             raise UserError(_none_usable(source, skipped))
+        if empty := found.empty_classes(writer.classes_seen):
+            log.warning("%s: none of the photographs gives an image of class %s", source, ", ".join(empty))
         manifest = Manifest(
             name=printable(source.resolve().name) or "photographs",
             count=writer.count,
@@ -104,7 +106,8 @@ def prepare(
             image_format=image_format,
             index=writer.finish(),
             shards=tuple(writer.shards),
-            classes=tuple(map(printable, classes)) if classes else None,
+            labels=writer.labels,
+            classes=found.classes,
             skipped=tuple(sorted(skipped, key=lambda s: s.file)),
             options={"upscale": upscale, "labels": labels, "shard_bytes": shard_bytes},
             tool=tool_versions(),
@@ -144,11 +147,6 @@ def check_resolution(resolution: int) -> None:
 def tool_versions() -> dict[str, str]:
     """Return the versions that decide the bytes: this package's, and Pillow's, which decodes and encodes."""
     return {"stylepipe": importlib.metadata.version("stylepipe"), "pillow": PIL.__version__}
-
-
-def printable(name: str) -> str:
-    """Return a file name as text; bytes that are not UTF-8 become `\\xNN`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def task_size(resolution: int) -> int:
@@ -191,12 +189,10 @@ def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Ite
 
 
 def _converted(
-    photos: Photos, resolution: int, image_format: str, upscale: bool, labels: bool, workers: int
+    photos: Photos, resolution: int, image_format: str, upscale: bool, workers: int
 ) -> Iterator[bytes | Skipped]:
     """Yield the encoded image of each file, or why there is none, in the order of the files."""
-    convert = partial(
-        _convert, root=photos.root, resolution=resolution, image_format=image_format, upscale=upscale, labels=labels
-    )
+    convert = partial(_convert, root=photos.root, resolution=resolution, image_format=image_format, upscale=upscale)
     # Small tasks also where there are few files, so that every worker has some.
     size = min(task_size(resolution), -(-len(photos.files) // workers))
     tasks = [photos.files[r.start : r.stop] for r in in_tasks(len(photos.files), size)]
@@ -204,24 +200,18 @@ def _converted(
 
 
 def _convert(
-    names: Sequence[str], *, root: Path, resolution: int, image_format: str, upscale: bool, labels: bool
+    names: Sequence[str], *, root: Path, resolution: int, image_format: str, upscale: bool
 ) -> list[bytes | Skipped]:
     """Do one task, in a worker."""
     results: list[bytes | Skipped] = []
     for name in names:
         try:
-            if labels and os.sep not in name:
-                raise SkippedPhotoError("without a class", "lies outside the sub-folders")
             results.append(encode(read_square(root / name, resolution, upscale), image_format))
         except SkippedPhotoError as error:
             results.append(Skipped(printable(name), error.reason, error.detail))
         except MemoryError as error:
             raise UserError(f"{root / name}: not enough memory to decode it; use fewer workers (--workers)") from error
     return results
-
-
-def _class_of(name: str) -> str:
-    return name.split(os.sep, 1)[0]
 
 
 def _none_usable(source: Path, skipped: Sequence[Skipped]) -> str:

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     images: Tensor
     """[n, R, R, 3] uint8, NHWC, already mirrored where the position says so."""
     labels: Tensor
-    """[n, c_dim] float32, one-hot; c_dim = 0 without labels."""
+    """[n, c_dim] float32, of classes one-hot; c_dim = 0 without labels."""
     positions: Tensor
     """[n] int64: the images' places in the order of the run."""
 

@@ -2,9 +2,10 @@
 
     OUT/
       shard-00000.tar ...   plain WebDataset tars; sample 17 is `00000017.png` (or `.jpg`), and with labels
-                            `00000017.cls`, the class number in ASCII. Sizes, owners and times are fixed,
-                            so equal samples give equal bytes.
-      index.npy             one record per sample: shard, offset and size of the image, label (-1: none)
+                            `00000017.cls`, the class number in ASCII, or `00000017.json`, a list of numbers.
+                            Sizes, owners and times are fixed, so equal samples give equal bytes.
+      index.npy             one record per sample: shard, offset and size of the image, class number (-1: none)
+      labels.npy            with label vectors only: the same as the .json members, [count, c_dim] float32
       manifest.json         `Manifest`; written last, so a folder with a manifest is whole
 
 Any WebDataset reader can stream the tars. Here the index gives random access by pread instead, which is
@@ -15,11 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, MANIFEST_FILE, Manifest
 from stylepipe.errors import UserError
 
-FORMAT_NAME = "stylepipe-shards"
-FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-INDEX_FILE = "index.npy"
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
 IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
@@ -44,70 +40,6 @@ FOREIGN_TARS = (
 _MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of the dataset: name within the folder, size in bytes, SHA-256, number of samples it holds or lists."""
-
-    file: str
-    bytes: int
-    sha256: str
-    samples: int
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One source file that is not in the dataset: its relative name, a short reason, the detail."""
-
-    file: str
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared folder holds. Depends on source and options only: no times, hosts or absolute paths."""
-
-    name: str
-    count: int
-    resolution: int
-    image_format: str
-    index: FileRecord
-    shards: tuple[FileRecord, ...]
-    classes: tuple[str, ...] | None = None
-    skipped: tuple[Skipped, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tool: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Return the text of manifest.json."""
-        head = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION}
-        return json.dumps(head | asdict(self), indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Manifest:
-        """Parse manifest.json; raise ValueError, KeyError or TypeError where it is none."""
-        values = json.loads(text)
-        if values.pop("format") != FORMAT_NAME:
-            raise ValueError(f"its format is not {FORMAT_NAME}")
-        version = values.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"it has format version {version!r}, and this stylepipe reads version {FORMAT_VERSION}")
-        values["index"] = FileRecord(**values["index"])
-        values["shards"] = tuple(FileRecord(**record) for record in values["shards"])
-        values["skipped"] = tuple(Skipped(**record) for record in values["skipped"])
-        if values["classes"] is not None:
-            values["classes"] = tuple(values["classes"])
-        manifest = cls(**values)
-        if any(Path(record.file).name != record.file for record in manifest.files()):
-            raise ValueError("it names a file outside its folder")
-        return manifest
-
-    def files(self) -> Iterator[FileRecord]:
-        """Yield the record of every file but the manifest itself."""
-        yield from self.shards
-        yield self.index
-
-
 class ShardDataset:
     """Random access to a prepared folder. Cheap to pickle; files are opened where they are read."""
 
@@ -116,6 +48,7 @@ class ShardDataset:
         self.manifest = manifest
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently read first
         self._index = _load_index(path, manifest)
+        self._vectors = _load_vectors(path, manifest)
 
     @property
     def name(self) -> str:
@@ -129,8 +62,8 @@ class ShardDataset:
 
     @property
     def c_dim(self) -> int:
-        """Number of classes; 0 without labels."""
-        return len(self.manifest.classes or ())
+        """Number of classes or length of the label vectors; 0 without labels."""
+        return len(self.manifest.classes or ()) if self._vectors is None else int(self._vectors.shape[1])
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -143,11 +76,17 @@ class ShardDataset:
         return images
 
     def labels(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return one-hot labels: [n, c_dim] float32; [n, 0] without labels."""
+        """Return the label vectors, of classes one-hot: [n, c_dim] float32; [n, 0] without labels."""
+        if self._vectors is not None:
+            return np.array(self._vectors[np.asarray(ids, dtype=np.int64)])
         one_hot = np.zeros((len(ids), self.c_dim), dtype=np.float32)
         if self.c_dim:
             one_hot[np.arange(len(ids)), self._index["label"][np.asarray(ids)]] = 1
         return one_hot
+
+    def of_class(self, number: int) -> npt.NDArray[np.int64]:
+        """Return which images are of a class, in order: [n] int64."""
+        return np.flatnonzero(self._index["label"] == number)
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
@@ -158,7 +97,7 @@ class ShardDataset:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The index is mapped again from the file in the other process, not sent through a pipe.
+        # Index and labels are mapped again from the files in the other process, not sent through a pipe.
         return {"path": self.path, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -260,14 +199,29 @@ def file_sha256(path: Path) -> str:
 
 
 def _load_index(path: Path, manifest: Manifest) -> npt.NDArray[np.void]:
-    """Map the index into memory: [count] records, checked against the sizes of the shards."""
-    try:
-        index: npt.NDArray[np.void] = np.load(path / INDEX_FILE, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"{INDEX_FILE} cannot be read ({error})") from error
+    index = _mapped(path, INDEX_FILE)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
         raise _damaged(path, f"{INDEX_FILE} does not hold {manifest.count:,} samples")
     return index
+
+
+def _load_vectors(path: Path, manifest: Manifest) -> npt.NDArray[np.float32] | None:
+    """Return the label vectors [count, c_dim], or None where labels are classes or absent."""
+    if manifest.labels is None:
+        return None
+    vectors = _mapped(path, LABELS_FILE)
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != manifest.count or not vectors.shape[1]:
+        raise _damaged(path, f"{LABELS_FILE} does not hold {manifest.count:,} label vectors")
+    return vectors
+
+
+def _mapped(path: Path, name: str) -> npt.NDArray[Any]:
+    """Map an array file into memory."""
+    try:
+        array: npt.NDArray[Any] = np.load(path / name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{name} cannot be read ({error})") from error
+    return array
 
 
 def _damaged(path: Path, finding: str) -> UserError:

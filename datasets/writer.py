@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -13,19 +14,13 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from stylepipe.datasets.shards import (
-    IMAGE_SUFFIXES,
-    INDEX_DTYPE,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    FileRecord,
-    Manifest,
-    file_sha256,
-)
+from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, MANIFEST_FILE, FileRecord, Manifest
+from stylepipe.datasets.shards import IMAGE_SUFFIXES, INDEX_DTYPE, file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 
@@ -61,40 +56,57 @@ class ShardWriter:
     """Append encoded images to shards of at most `shard_bytes` in `folder`, then write their index.
 
     Used as a context manager; `finish` completes the dataset but for its manifest.
+
+    Attributes:
+        shards: records of the shards that are complete.
+        labels: record of the file of label vectors, once `finish` has written one.
+        classes_seen: the class numbers of the images.
+        count: images so far.
     """
 
     def __init__(self, folder: Path, image_format: str, shard_bytes: int = SHARD_BYTES) -> None:
         self.shards: list[FileRecord] = []
+        self.labels: FileRecord | None = None
+        self.classes_seen: set[int] = set()
         self.count = 0
         self._folder = folder
         self._suffix = IMAGE_SUFFIXES[image_format]
         self._shard_bytes = shard_bytes
         self._blocks = [np.empty(_INDEX_BLOCK, INDEX_DTYPE)]
+        self._vectors: list[npt.NDArray[np.float32]] = []
         self._file: IO[bytes] | None = None
 
-    def add(self, image: bytes, label: int = -1) -> None:
-        """Append one encoded image; a label >= 0 is stored beside it."""
+    def add(self, image: bytes, label: int | npt.NDArray[np.float32] | None = None) -> None:
+        """Append one encoded image, and beside it its label: the number of its class, or a vector [c_dim] float32.
+
+        The images of a dataset have all a number, all a vector of one length, or none.
+        """
         members = [(self._suffix, image)]
-        if label >= 0:
+        if isinstance(label, int):
             members.append((".cls", b"%d" % label))
+            self.classes_seen.add(label)
+        elif label is not None:
+            members.append((".json", _vector_json(label)))
+            self._vectors.append(label)
         packed = [_member(f"{self.count:08d}{suffix}", data) for suffix, data in members]
         if self._file is not None and self._size + sum(map(len, packed)) > self._shard_bytes - 2 * tarfile.BLOCKSIZE:
             self._close_shard()
         if self._file is None:
             self._open_shard()
-        self._record(len(self.shards), len(image), self._size + tarfile.BLOCKSIZE, label)
+        number = label if isinstance(label, int) else -1
+        self._record(len(self.shards), len(image), self._size + tarfile.BLOCKSIZE, number)
         for data in packed:
             self._write(data)
         self._samples += 1
         self.count += 1
 
     def finish(self) -> FileRecord:
-        """Close the last shard and write the index; return the index's record."""
+        """Close the last shard, write the label vectors, if any, and the index; return the index's record."""
         if self._file is not None:
             self._close_shard()
-        path = self._folder / INDEX_FILE
-        np.save(path, np.concatenate(self._blocks)[: self.count], allow_pickle=False)
-        return FileRecord(INDEX_FILE, path.stat().st_size, file_sha256(path), self.count)
+        if self._vectors:
+            self.labels = self._save_array(LABELS_FILE, np.stack(self._vectors))
+        return self._save_array(INDEX_FILE, np.concatenate(self._blocks)[: self.count])
 
     def save_manifest(self, manifest: Manifest) -> None:
         """Write the manifest, which declares the folder whole."""
@@ -106,6 +118,11 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _save_array(self, name: str, array: npt.NDArray[Any]) -> FileRecord:
+        path = self._folder / name
+        np.save(path, array, allow_pickle=False)
+        return FileRecord(name, path.stat().st_size, file_sha256(path), self.count)
 
     def _record(self, shard: int, size: int, offset: int, label: int) -> None:
         place = self.count % _INDEX_BLOCK
@@ -135,6 +152,11 @@ class ShardWriter:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
+
+
+def _vector_json(vector: npt.NDArray[np.float32]) -> bytes:
+    """Return a vector as JSON, each number with the fewest digits that give the same float32 again."""
+    return json.dumps([float(str(value)) for value in vector]).encode()
 
 
 def _member(name: str, data: bytes) -> bytes:

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stylepipe.datasets.manifest import MANIFEST_FILE, Manifest
 from stylepipe.datasets.prepare import prepare
-from stylepipe.datasets.shards import MANIFEST_FILE, Manifest
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class PrepareOptions:
     upscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Enlarge photographs smaller than --res instead of skipping them."""
     labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The class of an image is the top-level sub-folder it lies in."""
+    """Label the images: from dataset.json in SOURCE, {"labels": [["sub/0001.png", 3 or [0.1, -0.7]], ...]}; without
+    that file, the class of an image is the top-level sub-folder it lies in."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def summary(manifest: Manifest, out: Path) -> str:
     """Say in one line what was written, where, and how many files were skipped why."""
     size = sum(record.bytes for record in manifest.files())
-    classes = f" of {len(manifest.classes)} classes" if manifest.classes else ""
+    classes = (
+        f" of {len(manifest.classes)} classes" if manifest.classes else " with label vectors" if manifest.labels else ""
+    )
     line = f"{manifest.count:,} images{classes} at {manifest.resolution} px in {out} ({size / 1e6:,.1f} MB)"
     if not manifest.skipped:
         return f"{line}; no file skipped"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
@@ -16,24 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stylepipe.cli.sample_labels import ALL, labels_to_draw
 from stylepipe.errors import UserError
 from stylepipe.images import check_suffix, make_grid, parse_grid, save_image, to_uint8
-from stylepipe.interop.network_file import load_network
+from stylepipe.interop.network_file import license_notice, load_network, read_header
 
 DEFAULT_COUNT = 16  # images, when neither --seeds nor --grid says how many
 MAX_SEED = 2**63 - 1
 MAX_COUNT = 1_000_000
 MAX_PLACES = 10_000
-MAX_SEEDS_IN_NAME = 60  # characters; file systems allow 255 in all
+MAX_SEEDS_IN_NAME = MAX_LABEL_IN_NAME = 60  # characters; file systems allow 255 in all
 
 
 class StyleGenerator(Protocol):
     """What sampling needs of a generator, whichever paper it is from."""
 
     config: dict[str, Any]
-    """With c_dim, the number of classes."""
+    """With c_dim, the label dimensions, and class_w_avg if it keeps mean styles of classes."""
     mapping: Any
-    """(z [N, mapping.z_dim], c, truncation_psi, truncation_cutoff) -> ws."""
+    """(z [N, mapping.z_dim], c, truncation_psi, truncation_cutoff, class_centers) -> ws."""
     synthesis: Callable[..., Tensor]
     """(ws, noise_mode) -> img [N, 3, R, R] in [-1, 1]."""
 
@@ -54,8 +57,13 @@ class SampleOptions:
     """Truncation psi: 1 shows all that the network learnt, 0.7 fewer oddities, 0 the average face."""
     trunc_cutoff: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Truncate only this many layers from the coarsest on. Default: all."""
-    class_index: Annotated[int | None, tyro.conf.arg(name="class", metavar="K")] = None
-    """Class to draw, from 0 on; for networks trained with labels."""
+    trunc_center: Literal["class", "all"] | None = None
+    """Truncate towards the mean of the image's class, or of all images. Default: of the class if the network has it."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="K|NAME|all")] = None
+    """Class to draw, by its name or its number from 0 on, for networks trained with classes; all, with --grid, makes
+    one row per class, with the same seeds in each."""
+    label: Annotated[str | None, tyro.conf.arg(metavar="X,Y,...")] = None
+    """Label to draw, for networks trained with vectors as labels; of classes, a mixture."""
     grid: Annotated[str | None, tyro.conf.arg(metavar="CxR")] = None
     """One picture of C columns and R rows, such as 4x4; places without a seed stay black."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -94,18 +102,20 @@ def sample(options: SampleOptions) -> Path:
         raise UserError(f"--batch {options.batch}: expected at least 1")
     device = _device(options.device)
     G = _generator(options.network, device)
-    c = _label(G, options.class_index, device)
-    out, single = _place(options, len(seeds))
-    bar = tqdm(_images(G, c, seeds, options), total=len(seeds), unit="img", disable=None, leave=False)
+    metadata = read_header(options.network).metadata
+    c = labels_to_draw(options.network, G.config["c_dim"], metadata, options.class_name, options.label)
+    if options.trunc_center == "class" and not G.config.get("class_w_avg"):
+        raise UserError("--trunc-center class: this network keeps no means of classes; leave it out")
+    if c is not None and options.class_name == ALL:
+        return _rows_of_classes(G, c, seeds, shape, options)
+    out, single = _place(options, len(seeds), c)
+    bar = _progress(_images(G, c, seeds, options), len(seeds))
     if not single:
         for seed, image in zip(seeds, bar, strict=True):
             save_image(out / f"seed{seed:04d}.{options.format}", image)
         return out
     columns, rows = shape or _square(len(seeds))
-    images = np.stack(list(bar))
-    missing = columns * rows - len(images)
-    cells = np.concatenate([images, np.zeros((missing, *images.shape[1:]), dtype=np.uint8)])
-    save_image(out, make_grid(cells, columns))
+    save_image(out, make_grid(_padded(np.stack(list(bar)), columns * rows), columns))
     return out
 
 
@@ -133,16 +143,46 @@ def latents(seeds: list[int], z_dim: int) -> NDArray[np.float32]:
     return np.stack(rows)
 
 
+def _rows_of_classes(
+    G: StyleGenerator, c: Tensor, seeds: list[int], shape: tuple[int, int] | None, options: SampleOptions
+) -> Path:
+    """Make a grid of one row per class, each of the same seeds, and write it."""
+    columns, rows = shape or (len(seeds), 0)
+    if rows != len(c):
+        found = f"--grid {options.grid}" if options.grid else "--grid missing"
+        raise UserError(f"{found}: --class all makes a row for each of the {len(c)} classes; try {columns}x{len(c)}")
+    out, _ = _place(options, len(seeds), c)
+    images = list(
+        _progress(_images(G, c.repeat_interleave(len(seeds), dim=0), seeds * rows, options), len(seeds) * rows)
+    )
+    cells = [
+        _padded(np.stack(images[first : first + len(seeds)]), columns) for first in range(0, len(images), len(seeds))
+    ]
+    save_image(out, make_grid(np.concatenate(cells), columns))
+    return out
+
+
+def _progress(images: Iterator[NDArray[np.uint8]], count: int) -> Iterable[NDArray[np.uint8]]:
+    return tqdm(images, total=count, unit="img", disable=None, leave=False)
+
+
+def _padded(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """Add black images up to a number."""
+    return np.concatenate([images, np.zeros((count - len(images), *images.shape[1:]), dtype=np.uint8)])
+
+
 def _seeds(options: SampleOptions, shape: tuple[int, int] | None) -> list[int]:
-    places = math.prod(shape) if shape else None
-    if places is not None and places > MAX_PLACES:
-        raise UserError(f"--grid {options.grid}: {places} places, expected at most {MAX_PLACES}")
+    if shape and math.prod(shape) > MAX_PLACES:
+        raise UserError(f"--grid {options.grid}: {math.prod(shape)} places, expected at most {MAX_PLACES}")
+    one_row = options.class_name == ALL  # of each class
+    places = None if shape is None else shape[0] if one_row else math.prod(shape)
     if options.seeds is None:
         return list(range(places or DEFAULT_COUNT))
     seeds = parse_seeds(options.seeds)
     if places is not None and len(seeds) > places:
         raise UserError(
-            f"--grid {options.grid}: {places} places for {len(seeds)} seeds; give a larger grid or fewer seeds"
+            f"--grid {options.grid}: {places} places{' in a row' if one_row else ''} for {len(seeds)} seeds; "
+            f"give a larger grid or fewer seeds"
         )
     return seeds
 
@@ -159,42 +199,37 @@ def _generator(path: Path, device: torch.device) -> StyleGenerator:
     network = load_network(path, device)
     if not hasattr(network, "synthesis"):
         raise UserError(f"{path}: holds a {type(network).__name__}; expected a generator")
+    if notice := license_notice(path, read_header(path)):
+        print(notice, file=sys.stderr)
     return cast(StyleGenerator, network)
-
-
-def _label(G: StyleGenerator, class_index: int | None, device: torch.device) -> Tensor | None:
-    """Return the class as [1, c_dim], or None for a network without classes."""
-    c_dim = G.config["c_dim"]
-    if c_dim == 0:
-        if class_index is not None:
-            raise UserError(f"--class {class_index}: this network was trained without labels; leave --class out")
-        return None
-    if class_index is None or not 0 <= class_index < c_dim:
-        found = "missing" if class_index is None else class_index
-        raise UserError(f"--class {found}: this network draws {c_dim} classes; expected 0 to {c_dim - 1}")
-    return torch.nn.functional.one_hot(torch.tensor([class_index], device=device), c_dim).float()
 
 
 def _images(
     G: StyleGenerator, c: Tensor | None, seeds: list[int], options: SampleOptions
 ) -> Iterator[NDArray[np.uint8]]:
-    """Give each seed's image, [R, R, 3] uint8."""
+    """Give each seed's image, [R, R, 3] uint8; c [1 or N, c_dim] has one label for all, or each image's own."""
     device = next(G.parameters()).device
     batch = 1 if options.noise == "random" else options.batch
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
         z = torch.from_numpy(latents(part, G.mapping.z_dim)).to(device)
-        labels = None if c is None else c.expand(len(part), -1)
+        labels = None if c is None else c.expand(len(seeds), -1)[start : start + batch].to(device)
         if options.noise == "random":
             torch.manual_seed(part[0])
-        ws = G.mapping(z, labels, truncation_psi=options.trunc, truncation_cutoff=options.trunc_cutoff)
+        ws = G.mapping(
+            z,
+            labels,
+            truncation_psi=options.trunc,
+            truncation_cutoff=options.trunc_cutoff,
+            class_centers=options.trunc_center != "all",
+        )
         img = G.synthesis(ws, noise_mode=options.noise)
         yield from to_uint8(img).cpu().numpy()
 
 
-def _place(options: SampleOptions, count: int) -> tuple[Path, bool]:
+def _place(options: SampleOptions, count: int, c: Tensor | None) -> tuple[Path, bool]:
     """Decide where to write, and whether it is a single picture; see that the folder can be made."""
-    stem = options.network.stem + (f"-class{options.class_index}" if options.class_index is not None else "")
+    stem = options.network.stem + _label_in_name(options, c)
     out = options.out
     single = options.grid is not None or (out is not None and out.suffix != "" and not out.is_dir())
     if single:
@@ -212,6 +247,18 @@ def _place(options: SampleOptions, count: int) -> tuple[Path, bool]:
             f"--out: cannot make the folder {folder}: {error.strerror or error}; choose another one"
         ) from error
     return out, single
+
+
+def _label_in_name(options: SampleOptions, c: Tensor | None) -> str:
+    """Return what tells the pictures of one label from those of another, such as -class2."""
+    if c is None:
+        return ""
+    if options.label is None:
+        return "-classes" if options.class_name == ALL else f"-class{int(c.argmax())}"
+    text = options.label.replace(" ", "")
+    if len(text) > MAX_LABEL_IN_NAME:
+        text = "-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    return f"-label{text}"
 
 
 def _square(count: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from stylepipe.kernels import (
 )
 
 RESAMPLE_TAPS = (1, 3, 3, 1)
-_LRELU_SLOPE = 0.2
+LRELU_SLOPE = 0.2
 _DEMODULATION_EPS = 1e-8
 _STDDEV_EPS = 1e-8
 _BLUR_PADDING = 2  # in front of a 3x3 convolution of stride 2
@@ -50,12 +50,35 @@ def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
     return x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
 
 
-class Linear(nn.Module):
+class Equalized(nn.Module):
+    """A layer whose scales are applied at run time, and what it thus amounts to."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _weight_gain: float
+    _bias_gain: float
+
+    def applied(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weight [out, in, ...] and bias [out] that act on x: scales and activation gain are in them."""
+        assert self.bias is not None
+        return self.weight * self._weight_gain, self.bias * self._bias_gain
+
+    @torch.no_grad()
+    def store_(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Store what makes `applied` return `weight` and `bias`."""
+        assert self.bias is not None
+        self.weight.copy_(weight / self._weight_gain)
+        self.bias.copy_(bias / self._bias_gain)
+
+
+class Linear(Equalized):
     """Fully connected layer: y [N, out] = act(x [N, in] @ W.T + b), all float32.
 
     The learning rate multiplier (Karras et al. 2019, arXiv:1812.04948, appendix C) divides the stored weight and
     multiplies weight and bias at run time. Scales are applied to x, which is smaller than W.
     """
+
+    bias: nn.Parameter
 
     def __init__(
         self,
@@ -77,10 +100,10 @@ class Linear(nn.Module):
         """Map x [N, in_features] to [N, out_features]."""
         bias = self.bias if self._bias_gain == 1 else self.bias * self._bias_gain
         y = F.linear(x * self._weight_gain, self.weight, bias)
-        return y if self.act == "linear" else F.leaky_relu_(y, _LRELU_SLOPE)
+        return y if self.act == "linear" else F.leaky_relu_(y, LRELU_SLOPE)
 
 
-class Conv2d(nn.Module):
+class Conv2d(Equalized):
     """Convolution, bias, activation, gain and clamp, optionally between a FIR filter and a stride of 2, or up by 2.
 
     Weights are float32 and are cast to the type of x, which is the output's.

@@ -16,13 +16,17 @@ _LR_MULTIPLIER = 0.01
 class MappingNetwork(nn.Module):
     """Maps z and c to `num_ws` copies of one w; `num_ws` None gives w itself, and no running mean of it.
 
-    `w_avg` [w_dim] is the centre of truncation. It is not touched here: the trainer updates it from statistics that
-    are averaged over all processes.
+    `w_avg` [w_dim] is the centre of truncation, and `class_w_avg` [c_dim, w_dim], where the network keeps it, that of
+    each class. They are not touched here: the trainer updates them from statistics that are averaged over all
+    processes.
     """
 
     w_avg: torch.Tensor
+    class_w_avg: torch.Tensor | None
 
-    def __init__(self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8) -> None:
+    def __init__(
+        self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, class_w_avg: bool = False
+    ) -> None:
         super().__init__()
         self.z_dim = z_dim
         self.c_dim = c_dim
@@ -36,6 +40,7 @@ class MappingNetwork(nn.Module):
             features = w_dim
         if num_ws is not None:
             self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.register_buffer("class_w_avg", torch.zeros(c_dim, w_dim) if class_w_avg else None)
 
     def forward(
         self,
@@ -43,6 +48,7 @@ class MappingNetwork(nn.Module):
         c: torch.Tensor | None = None,
         truncation_psi: float = 1,
         truncation_cutoff: int | None = None,
+        class_centers: bool = True,
     ) -> torch.Tensor:
         """Return ws [N, num_ws, w_dim] float32, or w [N, w_dim] where num_ws is None.
 
@@ -51,6 +57,7 @@ class MappingNetwork(nn.Module):
             c: [N, c_dim] float32, one-hot or any vector; ignored where c_dim is 0.
             truncation_psi: 1 for none, 0 for the mean style (section 2.1 and appendix B).
             truncation_cutoff: number of leading ws that are truncated; None for all.
+            class_centers: truncate towards the mean style of the class where the network keeps it, not of all images.
         """
         parts = []
         if self.z_dim > 0:
@@ -69,4 +76,8 @@ class MappingNetwork(nn.Module):
         if truncation_psi == 1:
             return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-        return torch.cat([self.w_avg.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)
+        center = self.w_avg
+        if class_centers and self.class_w_avg is not None:
+            assert c is not None
+            center = (c.float() @ self.class_w_avg)[:, None]
+        return torch.cat([center.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)

@@ -29,6 +29,7 @@ from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
 from stylepipe.networks.mapping import MappingNetwork
 
 ARCHITECTURES = ("skip", "resnet", "orig")
+CONDITIONINGS = ("projection", "aux", "both")
 _RESIDUAL_GAIN = math.sqrt(0.5)
 
 
@@ -50,6 +51,7 @@ class Generator(nn.Module):
         conv_clamp: float | None = None,
         half_levels: int = 0,
         half_dtype: str | torch.dtype | None = None,
+        class_w_avg: bool = False,
     ) -> None:
         """Build with random weights from torch's default generator.
 
@@ -64,6 +66,7 @@ class Generator(nn.Module):
             conv_clamp: limit of activations, meant for float16; None for none.
             half_levels: how many of the highest resolutions run their activations in `half_dtype` (never 4 px).
             half_dtype: float16 or bfloat16, by name or as torch.dtype.
+            class_w_avg: keep a mean style of each class, for truncation; needs one-hot labels.
         """
         super().__init__()
         self.config: dict[str, Any] = {
@@ -80,10 +83,14 @@ class Generator(nn.Module):
             "half_levels": half_levels,
             "half_dtype": half_dtype_name(half_dtype),
         }
+        if class_w_avg:  # files without it stay as they always were
+            if c_dim == 0:
+                raise UserError("class_w_avg: expected a network with labels, found c_dim 0")
+            self.config["class_w_avg"] = True
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, _checked(architecture), conv_clamp)
         self.z_dim, self.w_dim, self.c_dim, self.num_ws = z_dim, w_dim, c_dim, self.synthesis.num_ws
-        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers)
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers, class_w_avg)
 
     def forward(
         self,
@@ -269,7 +276,12 @@ def _per_channel(modulation: Modulation) -> torch.Tensor:
 
 
 class Discriminator(nn.Module):
-    """Maps images to logits, positive for real, through blocks of halving resolution."""
+    """Maps images to logits, positive for real, through blocks of halving resolution.
+
+    With labels, the logits are a projection of the last features onto an embedding of the label (Miyato & Koyama 2018,
+    arXiv:1802.05637), or an auxiliary classifier tells the class from the features before the last layer (Odena et al.
+    2016, arXiv:1610.09585), or both.
+    """
 
     def __init__(
         self,
@@ -285,6 +297,7 @@ class Discriminator(nn.Module):
         conv_clamp: float | None = None,
         half_levels: int = 0,
         half_dtype: str | torch.dtype | None = None,
+        conditioning: str = "projection",
     ) -> None:
         """Build with random weights from torch's default generator.
 
@@ -293,6 +306,7 @@ class Discriminator(nn.Module):
             mbstd_channels: channels that it appends, a divisor of those at 4 px; 0 switches it off.
             res, c_dim, img_channels, channel_base, channel_max, conv_clamp, half_levels, half_dtype: as Generator.
             architecture: resnet (residual blocks), skip (fromRGB at every resolution) or orig.
+            conditioning: what labels do: projection, aux (logits do not see them; a classifier is added) or both.
         """
         super().__init__()
         self.config: dict[str, Any] = {
@@ -308,6 +322,13 @@ class Discriminator(nn.Module):
             "half_levels": half_levels,
             "half_dtype": half_dtype_name(half_dtype),
         }
+        if conditioning not in CONDITIONINGS:
+            raise UserError(f"conditioning {conditioning!r}: expected one of {', '.join(CONDITIONINGS)}")
+        if conditioning != "projection":  # files without it stay as they always were
+            if c_dim == 0:
+                raise UserError(f"conditioning {conditioning!r}: expected a network with labels, found c_dim 0")
+            self.config["conditioning"] = conditioning
+        projected = c_dim > 0 and conditioning != "aux"
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.resolutions = levels.resolutions
         for r in reversed(levels.resolutions[1:]):
@@ -317,18 +338,23 @@ class Discriminator(nn.Module):
             raise UserError(
                 f"mbstd_channels {mbstd_channels}: expected a divisor of the {cmap_dim} channels at 4 px, or 0 for none"
             )
-        self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if c_dim > 0 else None
+        self.mapping = MappingNetwork(0, c_dim, cmap_dim, num_ws=None) if projected else None
         self.b4 = DiscriminatorEpilogue(
             levels,
             img_channels,
             _checked(architecture),
             MinibatchStdDev(mbstd_group_size, mbstd_channels),
-            cmap_dim if c_dim > 0 else 0,
+            cmap_dim if projected else 0,
             conv_clamp,
+            0 if conditioning == "projection" else c_dim,
         )
 
     def forward(self, img: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits [N, 1] float32 of img [N, img_channels, res, res] and c [N, c_dim]."""
+        return self.judge(img, c)[0]
+
+    def judge(self, img: torch.Tensor, c: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits of `forward`, and the auxiliary classifier's [N, c_dim] float32; None without it."""
         res = self.resolutions[-1]
         if img.ndim != 4 or img.shape[2:] != (res, res):
             raise ValueError(f"img of shape {list(img.shape)}: expected [N, C, {res}, {res}]")
@@ -385,6 +411,7 @@ class DiscriminatorEpilogue(nn.Module):
         mbstd: MinibatchStdDev,
         cmap_dim: int,
         conv_clamp: float | None,
+        num_classes: int,
     ) -> None:
         super().__init__()
         channels = levels.channels[LOWEST_RES]
@@ -397,14 +424,19 @@ class DiscriminatorEpilogue(nn.Module):
         self.conv = Conv2d(channels + mbstd.num_channels, channels, 3, act="lrelu", conv_clamp=conv_clamp)
         self.fc = Linear(channels * LOWEST_RES**2, channels, act="lrelu")
         self.out = Linear(channels, cmap_dim or 1)
+        self.aux = Linear(channels, num_classes) if num_classes else None
         self._cmap_gain = 1 / math.sqrt(max(cmap_dim, 1))
 
-    def forward(self, x: torch.Tensor | None, img: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
-        """Return logits [N, 1]; cmap [N, cmap_dim] projects the labels (None without labels)."""
+    def forward(
+        self, x: torch.Tensor | None, img: torch.Tensor, cmap: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits [N, 1] and the classifier's [N, num_classes], or None; cmap [N, cmap_dim] projects labels."""
         x = _add_rgb(x, img, self.fromrgb, torch.float32)
         x = self.conv(self.mbstd(x))
-        x = self.out(self.fc(x.flatten(1)))
-        return x if cmap is None else (x * cmap).sum(dim=1, keepdim=True) * self._cmap_gain
+        features = self.fc(x.flatten(1))
+        x = self.out(features)
+        logits = x if cmap is None else (x * cmap).sum(dim=1, keepdim=True) * self._cmap_gain
+        return logits, None if self.aux is None else self.aux(features)
 
 
 def _add_rgb(x: torch.Tensor | None, img: torch.Tensor, fromrgb: Conv2d | None, dtype: torch.dtype) -> torch.Tensor:

@@ -5,6 +5,8 @@ Averaging over processes, optimizer, moving average, finite check and checkpoint
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,12 @@ _ALIGNMENT = 16  # float32 numbers: 64 bytes, a cache line and more than any vec
 class Arena:
     """Move the parameters of `module` into one buffer; each stays a view of it, and so does its `.grad`.
 
+    Parameters that require no gradient now are frozen: gradients never reach them and stay 0, with which Adam leaves
+    them as they are, to the bit.
+
     Attributes:
+        trained: the parameters that are not frozen.
+        frozen: where in `params` the others lie.
         params: [total] float32, a leaf that an optimizer can be given. Gaps between parameters are 0.
         grad: [total] float32 = `params.grad`, or None without `with_grad`.
         layout: shape of each parameter by name, in order.
@@ -22,6 +29,7 @@ class Arena:
 
     def __init__(self, module: nn.Module, with_grad: bool = True) -> None:
         self.module = module
+        self.trained = trained_parameters(module)
         named = dict(module.named_parameters())
         self.layout = {name: list(p.shape) for name, p in named.items()}
         offsets, total = {}, 0
@@ -31,14 +39,15 @@ class Arena:
             total += -(-p.numel() // _ALIGNMENT) * _ALIGNMENT
         device = next(iter(named.values())).device
         buffer = torch.zeros(total, device=device)
+        windows = {name: slice(offsets[name], offsets[name] + p.numel()) for name, p in named.items()}
+        self.frozen = [windows[name] for name, p in named.items() if not p.requires_grad]
         self.grad: Tensor | None = torch.zeros(total, device=device) if with_grad else None
         for name, p in named.items():
-            window = slice(offsets[name], offsets[name] + p.numel())
-            view = buffer[window].view(p.shape)
+            view = buffer[windows[name]].view(p.shape)
             view.copy_(p.detach())
             p.data = view
             if self.grad is not None:
-                p.grad = self.grad[window].view(p.shape)
+                p.grad = self.grad[windows[name]].view(p.shape)
         self.params = nn.Parameter(buffer, requires_grad=with_grad)
         self.params.grad = self.grad
 
@@ -47,7 +56,12 @@ class Arena:
         self.grad.zero_()
 
 
-def mark_trained(module: nn.Module, trained: bool) -> None:
-    """Let gradients flow to the parameters of `module`, or not."""
-    for p in module.parameters():
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `module` that require gradients; the others are frozen."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def mark_trained(parameters: Iterable[nn.Parameter], trained: bool) -> None:
+    """Let gradients flow to the parameters, or not."""
+    for p in parameters:
         p.requires_grad_(trained)

@@ -47,9 +47,9 @@ class Engine:
         self.device = next(iter(self.arenas.values())).params.device
         self.record = Record(self.device)
         self._ema = (filled(ema.kimg), filled(ema.rampup))
-        for network in recipe.networks.values():
-            network.train()
-            mark_trained(network, False)
+        for arena in self.arenas.values():
+            arena.module.train()
+            mark_trained(arena.trained, False)
 
     def step(self, batch: Batch) -> None:
         """Take one step on this process's share of a batch; counts the whole batch as seen."""
@@ -73,14 +73,13 @@ class Engine:
         arena, optimizer = self.arenas[phase.trains], self.optimizers[phase.trains]
         rounds = len(images) // self.batch_gpu
         assert rounds * self.batch_gpu == len(images) == stage.batch_size // self.world_size
-        mark_trained(arena.module, True)
-        trained = list(arena.module.parameters())
+        mark_trained(arena.trained, True)
         arena.zero_grad()
         for index in range(rounds):
             micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
             for term in phase.loss(micro_batch, self.record):
-                (term * (phase.interval / rounds)).backward(inputs=trained)
-        mark_trained(arena.module, False)
+                (term * (phase.interval / rounds)).backward(inputs=arena.trained)
+        mark_trained(arena.trained, False)
 
         averages = self.record.take_averages(rounds)
         assert arena.grad is not None
@@ -94,7 +93,7 @@ class Engine:
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.param_groups[0]["lr"].fill_(optimizer.param_groups[0]["initial_lr"] * stage.lr_multiplier)
         optimizer.step()
-        phase.after(averages)
+        phase.after(averages, stage)
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that exact resuming needs, by name, without copying."""
@@ -115,11 +114,19 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], images_seen: int) -> None:
-        """Take over what `state` returned; names and shapes must be those of this engine."""
+        """Take over what `state` returned; names and shapes must be those of this engine.
+
+        Tensors of the recipe and buffers may be missing, since options may change within a run; they stay as they are.
+        """
         self.images_seen = images_seen
         for name, tensor in self.state().items():
+            if (name.startswith("recipe.") or ".buffer." in name) and name not in tensors:
+                continue
             assert tensor.shape == tensors[name].shape, name
             tensor.copy_(tensors[name])
+        for name, arena in self.arenas.items():
+            for window in arena.frozen:  # a mean gradient from before they were frozen would go on moving them
+                self.optimizers[name].state[arena.params]["exp_avg"][window].zero_()
 
     def _optimizer(self, name: str, optim: OptimConfig) -> torch.optim.Adam:
         """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).

@@ -6,15 +6,16 @@ seconds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stylepipe.training.arena import mark_trained
+from stylepipe.training.arena import mark_trained, trained_parameters
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
 _COPIES = 5  # of every weight: parameter, gradient, two moments, moving average
@@ -37,7 +38,10 @@ class Estimate:
 def estimate(recipe: Recipe, res: int, c_dim: int, batch_gpu: int) -> Estimate:
     """Count the cost of the phases of a recipe on the meta device, on micro-batches of `batch_gpu` images."""
     weights = sum(p.numel() * p.element_size() for net in recipe.networks.values() for p in net.parameters())
-    costs = {phase.name: _cost(recipe, phase, res, c_dim, batch_gpu) for phase in recipe.phases}
+    trained = {name: trained_parameters(network) for name, network in recipe.networks.items()}
+    costs = {phase.name: _cost(recipe, trained, phase, res, c_dim, batch_gpu) for phase in recipe.phases}
+    for parameters in trained.values():
+        mark_trained(parameters, True)
     flops = {name: cost[0] for name, cost in costs.items()}
     return Estimate(flops, weights * _COPIES + max(cost[1] for cost in costs.values()))
 
@@ -55,11 +59,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 31_536_000:.3g} years"
 
 
-def _cost(recipe: Recipe, phase: Phase, res: int, c_dim: int, batch_gpu: int) -> tuple[float, int]:
+def _cost(
+    recipe: Recipe, trained: Mapping[str, list[nn.Parameter]], phase: Phase, res: int, c_dim: int, batch_gpu: int
+) -> tuple[float, int]:
     """Return operations and bytes of kept activations of one phase on one micro-batch."""
-    network = recipe.networks[phase.trains]
-    for other in recipe.networks.values():
-        mark_trained(other, other is network)
+    for name, parameters in trained.items():
+        mark_trained(parameters, name == phase.trains)
     resident = {_storage(p)[0] for net in recipe.networks.values() for p in net.parameters()}
     kept: dict[int, int] = {}
     largest = peak = 0
@@ -76,11 +81,10 @@ def _cost(recipe: Recipe, phase: Phase, res: int, c_dim: int, batch_gpu: int) ->
     img = torch.zeros(batch_gpu, 3, res, res, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_gpu, c_dim, device=device)
     micro_batch = MicroBatch(list(range(batch_gpu)), recipe.schedule.at(0), img if phase.uses_reals else None, labels)
-    trained = list(network.parameters())
     with _FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for term in phase.loss(micro_batch, Record(device)):
             peak = max(peak, sum(kept.values()))
-            torch.autograd.grad(term, trained, allow_unused=True)
+            torch.autograd.grad(term, trained[phase.trains], allow_unused=True)
             kept.clear()
     return counter.flops, peak + _LARGEST_TEMPORARIES * largest
 

@@ -72,8 +72,8 @@ class Record:
         return torch.full((), values.numel(), device=self.device, dtype=torch.float64)
 
 
-def _nothing(averages: Mapping[str, Tensor]) -> None:
-    del averages
+def _nothing(averages: Mapping[str, Tensor], stage: Stage) -> None:
+    del averages, stage
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Phase:
         loss: yields the terms of the loss on one micro-batch, each a scalar. The engine back-propagates a term
             before it asks for the next, so that only one graph is alive.
         uses_reals: whether `MicroBatch.img` is filled.
-        after: is given the averages that `loss` recorded, when the update is done.
+        after: is given the averages that `loss` recorded and the step's stage, when the update is done.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Phase:
     interval: int
     loss: Callable[[MicroBatch, Record], Iterator[Tensor]]
     uses_reals: bool = False
-    after: Callable[[Mapping[str, Tensor]], None] = field(default=_nothing)
+    after: Callable[[Mapping[str, Tensor], Stage], None] = field(default=_nothing)
 
 
 class Recipe(Protocol):
@@ -122,8 +122,12 @@ class Recipe(Protocol):
     headline: Mapping[str, str]
     state: Mapping[str, Tensor]
 
-    def sample(self, count: int, batch_gpu: int) -> Tensor:
-        """Return `count` images at fixed latents, [N, H, W, 3] uint8 on the host."""
+    def sample(self, columns: int, rows: int, batch_gpu: int) -> Tensor:
+        """Return images for a grid at fixed latents, row by row, [N, H, W, 3] uint8 on the host."""
+        ...
+
+    def classes_of_rows(self, rows: int) -> list[int]:
+        """Return the class that each row of the grid shows; empty where rows belong to no class."""
         ...
 
     def export(self) -> nn.Module:

@@ -93,7 +93,7 @@ def _count_phase(recipe: Recipe, phase: Phase, res: int, batch_size: int, compil
     """Return the bytes of a phase on one micro-batch, of all its images together."""
     network = recipe.networks[phase.trains]
     for other in recipe.networks.values():
-        mark_trained(other, other is network)
+        mark_trained(other.parameters(), other is network)
     device = torch.device("meta")
     img = torch.zeros(batch_size, 3, res, res, device=device).to(memory_format=torch.channels_last)
     batch = MicroBatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -27,6 +28,7 @@ from stylepipe.interop.network_file import save_network
 from stylepipe.training.checkpoint import State, check_fits, clear_remains, kimg_name, prune_states, save_state
 from stylepipe.training.distributed import local_processes, on_main_process, sum_
 from stylepipe.training.engine import Engine
+from stylepipe.training.grids import real_images
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.launched import launcher_process
 from stylepipe.training.memory import peak_memory_gib
@@ -51,6 +53,8 @@ class Trainer:
         accelerator: device and processes.
         out: folder of the run, there already.
         state: where to go on from, or None to start anew.
+        origin: what network files shall say of where a run that starts anew comes from, such as `derived_from`; one
+            that goes on says what it said before.
 
     Attributes:
         first_image, total_images: where this process takes the training up, and where it ends.
@@ -68,6 +72,7 @@ class Trainer:
         accelerator: Accelerator,
         out: Path,
         state: State | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         assert isinstance(config.batch_gpu, int)
         self.config, self.recipe, self.dataset, self.accelerator, self.out = config, recipe, dataset, accelerator, out
@@ -82,10 +87,12 @@ class Trainer:
             world_size=accelerator.num_processes,
         )
         resumed, run_id = None, None
+        self.origin = dict(origin or {})
         if state is not None:
             check_fits(state, self.engine.layout())
             self.engine.load_state(state.tensors, state.images_seen)
             resumed = state.images_seen
+            self.origin = state.info.get("origin", {})
             if state.path.resolve().parent == out.resolve():  # a branch of a run is a run of its own
                 run_id = state.info.get("tracker_run_id")
             if state.info.get("order_version") != ORDER_VERSION:
@@ -234,14 +241,17 @@ class Trainer:
 
     def _save_real_grid(self) -> None:
         columns, rows = grid_shape(self.config.res)
-        count = min(columns * rows, len(self.dataset))
-        grid = make_grid(self.dataset.read(range(count)), columns)
+        classes = self.recipe.classes_of_rows(rows)
+        grid = make_grid(real_images(self.dataset, columns, rows, classes), columns)
+        if classes:
+            names = [filled(self.dataset.manifest.classes)[number] for number in dict.fromkeys(classes)]
+            self.say(f"rows of the grids, from the top: {', '.join(names)}")
         save_image(self.out / "grids" / "real.png", grid)
         self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
 
     def _save_grid(self) -> None:
         columns, rows = grid_shape(self.config.res)
-        images = self.recipe.sample(columns * rows, self.batch_gpu).numpy()
+        images = self.recipe.sample(columns, rows, self.batch_gpu).numpy()
         grid = make_grid(images, columns)
         path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
         save_image(path, grid)
@@ -253,13 +263,17 @@ class Trainer:
         seen = self.engine.images_seen
         network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
         metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
+        if self.config.cond:  # names by number, or null where labels are vectors
+            metadata["classes"] = json.dumps(self.dataset.manifest.classes)
         info = {
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
             "config": config_mapping(self.config),
+            "origin": self.origin,
         }
+        beside = self.recipe.networks if self.config.snapshot_with_d else None
         try:
-            save_network(network_path, self.recipe.export(), metadata=metadata)
+            save_network(network_path, self.recipe.export(), beside=beside, metadata=self.origin | metadata)
             path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
             prune_states(self.out, self.config.keep_states)
         except (OSError, SafetensorError) as error:

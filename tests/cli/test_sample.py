@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,18 +29,27 @@ class Mapping(nn.Module):
         self.z_dim = z_dim
 
     def forward(
-        self, z: Tensor, c: Tensor | None, truncation_psi: float = 1, truncation_cutoff: int | None = None
+        self,
+        z: Tensor,
+        c: Tensor | None,
+        truncation_psi: float = 1,
+        truncation_cutoff: int | None = None,
+        class_centers: bool = True,
     ) -> Tensor:
         w = z * truncation_psi
-        return w if c is None else w + 100 * c.argmax(dim=1, keepdim=True)
+        if c is None:
+            return w
+        if truncation_psi == 0:  # the centre shows in red
+            return torch.full_like(w, 5 if class_centers else -5)
+        return w + 2 * c @ torch.arange(c.shape[1]).float()[:, None]
 
 
 class Generator(nn.Module):
     """Red shows w's first entry; green is lit by noise."""
 
-    def __init__(self, z_dim: int = 4, c_dim: int = 0) -> None:
+    def __init__(self, z_dim: int = 4, c_dim: int = 0, class_w_avg: bool = False) -> None:
         super().__init__()
-        self.config = {"z_dim": z_dim, "c_dim": c_dim}
+        self.config = {"z_dim": z_dim, "c_dim": c_dim, "class_w_avg": class_w_avg}
         self.mapping = Mapping(z_dim)
         self.scale = nn.Parameter(torch.tensor(0.2))
 
@@ -79,8 +90,8 @@ def red(path: Path) -> int:
     return int(pixels[0, 0, 0])
 
 
-def expected_red(seed: int, psi: float = 1.0) -> int:
-    return int(min(max(latents([seed], 4)[0, 0] * psi * 0.2 * 127.5 + 128, 0), 255))
+def expected_red(seed: int, psi: float = 1.0, label: float = 0) -> int:
+    return int(min(max((latents([seed], 4)[0, 0] * psi + 2 * label) * 0.2 * 127.5 + 128, 0), 255))
 
 
 def test_seeds() -> None:
@@ -149,23 +160,96 @@ def test_random_noise_belongs_to_the_seed_not_to_the_company(network: Path) -> N
     assert files[0] != Path("together/seed0001.png").read_bytes()
 
 
-def test_classes(tmp_path: Path) -> None:
-    network = tmp_path / "c.safetensors"
-    save_network(network, Generator(c_dim=3))
-    assert sample(SampleOptions(network, seeds="0", class_index=2)) == Path("samples/c-class2")
-    assert red(Path("samples/c-class2/seed0000.png")) == 255
-    sample(SampleOptions(network, seeds="0", class_index=0))
-    assert red(Path("samples/c-class0/seed0000.png")) == expected_red(0)
-    for wrong in (None, 3, -1):
-        with pytest.raises(UserError, match="draws 3 classes; expected 0 to 2"):
-            sample(SampleOptions(network, class_index=wrong))
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Give a network of three classes with names, one of which looks like a number."""
+    path = tmp_path / "c.safetensors"
+    save_network(path, Generator(c_dim=3, class_w_avg=True), metadata={"classes": json.dumps(["cats", "0", "dogs"])})
+    return path
+
+
+@pytest.mark.parametrize(("asked", "number"), [("2", 2), ("dogs", 2), ("cats", 0), ("0", 1), ("1", 1)])
+def test_a_class_by_name_or_number(labelled: Path, asked: str, number: int) -> None:
+    assert sample(SampleOptions(labelled, seeds="3", class_name=asked)) == Path(f"samples/c-class{number}")
+    assert red(Path(f"samples/c-class{number}/seed0003.png")) == expected_red(3, label=number)
+
+
+def test_all_classes_have_a_row_each_of_the_same_seeds(labelled: Path) -> None:
+    path = sample(SampleOptions(labelled, seeds="4,2", class_name="all", grid="3x3", batch=4))
+    assert path == Path("samples/c-classes-seeds4,2.png")
+    cells = np.asarray(Image.open(path))[::RES, ::RES, 0].tolist()
+    assert cells == [[expected_red(4, label=k), expected_red(2, label=k), 0] for k in range(3)]
+    without_seeds = sample(SampleOptions(labelled, class_name="all", grid="2x3", noise="random"))
+    cells = np.asarray(Image.open(without_seeds))[::RES, ::RES, 0].tolist()
+    assert cells == [[expected_red(0, label=k), expected_red(1, label=k)] for k in range(3)]
+    green = np.asarray(Image.open(without_seeds))[:, :, 1]
+    assert (green[:RES] == green[RES : 2 * RES]).all(), "a seed's noise is the same in each row"
+    for options, message in (
+        (SampleOptions(labelled, class_name="all", grid="3x4"), "--grid 3x4: .* each of the 3 classes; try 3x3"),
+        (SampleOptions(labelled, class_name="all", seeds="0-4"), "--grid missing: .* try 5x3"),
+        (SampleOptions(labelled, class_name="all", seeds="0-4", grid="4x3"), "4 places in a row for 5 seeds"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample(options)
+
+
+def test_a_label_of_numbers(tmp_path: Path, labelled: Path) -> None:
+    network = tmp_path / "v.safetensors"
+    save_network(network, Generator(c_dim=2), metadata={"classes": "null"})
+    assert sample(SampleOptions(network, seeds="1", label="7, -0.5")) == Path("samples/v-label7,-0.5")
+    assert red(Path("samples/v-label7,-0.5/seed0001.png")) == expected_red(1, label=-0.5)
+    long = "0.1" + "0" * 300 + ",1"
+    assert len(sample(SampleOptions(network, seeds="1", label=long)).name) < 60
+    sample(SampleOptions(labelled, seeds="1", label="0.5,0.5,0", out=Path("mixture")))
+    assert red(Path("mixture/seed0001.png")) == expected_red(1, label=0.5)
+    for label in ("1", "1,2,3", "1,x", "1,nan", "1e39,0", ""):
+        with pytest.raises(UserError, match=f"--label {label}: expected 2 finite numbers"):
+            sample(SampleOptions(network, label=label))
+    for options, message in (
+        (SampleOptions(network), "--class missing: this network draws labels of 2 numbers; give them with --label"),
+        (SampleOptions(network, class_name="1"), "--class 1: this network draws labels of 2 numbers"),
+        (SampleOptions(network, class_name="1", label="1,2"), "--label 1,2: there is --class 1 already"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample(options)
+
+
+def test_a_class_that_is_not_there(labelled: Path, tmp_path: Path) -> None:
+    for wrong in (None, "3", "-1", "dog", "¹"):
+        found = wrong or "missing"
+        with pytest.raises(UserError, match=f"--class {found}: .* 3 classes; expected 0 to 2, or all, or a name: cats"):
+            sample(SampleOptions(labelled, class_name=wrong))
+    with pytest.raises(UserError, match="did you mean 'dogs'"):
+        sample(SampleOptions(labelled, class_name="dog"))
+    nameless = tmp_path / "n.safetensors"  # as weights from elsewhere are
+    save_network(nameless, Generator(c_dim=3))
+    sample(SampleOptions(nameless, seeds="0", class_name="2", out=Path("two")))
+    assert red(Path("two/seed0000.png")) == expected_red(0, label=2)
+    with pytest.raises(UserError, match=r"--class cats: .* expected 0 to 2, or all$"):
+        sample(SampleOptions(nameless, class_name="cats"))
+    for damaged in ("[", '["one"]', "[1, 2, 3]"):
+        save_network(nameless, Generator(c_dim=3), metadata={"classes": damaged})
+        with pytest.raises(UserError, match="names of its classes in the header are damaged"):
+            sample(SampleOptions(nameless, class_name="2"))
+
+
+def test_the_centre_of_truncation(labelled: Path, tmp_path: Path) -> None:
+    options = SampleOptions(labelled, seeds="0", class_name="2", trunc=0.0)
+    assert red(sample(dataclasses.replace(options, out=Path("default.png")))) == 255
+    assert red(sample(dataclasses.replace(options, trunc_center="class", out=Path("class.png")))) == 255
+    assert red(sample(dataclasses.replace(options, trunc_center="all", out=Path("all.png")))) == 0
+    without = tmp_path / "w.safetensors"
+    save_network(without, Generator(c_dim=3))
+    with pytest.raises(UserError, match="--trunc-center class: this network keeps no means of classes"):
+        sample(SampleOptions(without, class_name="0", trunc_center="class"))
 
 
 def test_mistakes(network: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     save_network(tmp_path / "d.safetensors", Discriminator())
     mistakes = {
-        "trained without labels": SampleOptions(network, class_index=0),
+        "--class 0: this network was trained without labels": SampleOptions(network, class_name="0"),
+        "--label 1: this network was trained without labels": SampleOptions(network, label="1"),
         "4 places for 5 seeds": SampleOptions(network, seeds="0-4", grid="2x2"),
         "expected COLUMNSxROWS": SampleOptions(network, grid="4"),
         "--batch 0": SampleOptions(network, batch=0),

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from stylepipe.cli.main import main
+from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import read_square
 from stylepipe.datasets.prepare import find_photos, in_tasks, prepare
-from stylepipe.datasets.shards import Skipped, open_dataset, verify
+from stylepipe.datasets.shards import open_dataset, verify
 from stylepipe.errors import UserError
 
 

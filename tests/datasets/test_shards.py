@@ -126,8 +126,8 @@ def edit_manifest(prepared: Path, **changes: object) -> None:
 
 
 def test_a_later_format_version_is_refused(prepared: Path) -> None:
-    edit_manifest(prepared, format_version=2)
-    with pytest.raises(UserError, match="format version 2, and this stylepipe reads version 1"):
+    edit_manifest(prepared, format_version=3)
+    with pytest.raises(UserError, match="format version 3, and this stylepipe reads versions up to 2"):
         open_dataset(prepared)
 
 

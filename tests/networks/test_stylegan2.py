@@ -76,11 +76,40 @@ def test_labels_change_images_and_logits() -> None:
         G(z)
 
 
+def test_an_auxiliary_classifier_stands_beside_the_projection_or_replaces_it() -> None:
+    img, c = torch.randn(3, 3, 16, 16), torch.eye(3)
+    for conditioning, sees_labels in (("aux", False), ("both", True)):
+        D = Discriminator(16, c_dim=3, conditioning=conditioning, **SMALL)
+        logits, classes = D.judge(img, c)
+        assert (logits.shape, classes.shape) == ((3, 1), (3, 3))
+        assert torch.equal(D(img, c), logits)
+        assert torch.equal(D(img, c.roll(1, 0)), logits) != sees_labels
+        assert torch.equal(D.judge(img, c.roll(1, 0))[1], classes)
+        (logits.sum() + classes.logsumexp(dim=1).sum()).backward()
+        assert all(p.grad is not None for p in D.parameters())
+    assert Discriminator(16, c_dim=3, **SMALL).judge(img, c)[1] is None
+
+
+def test_without_their_options_networks_are_what_they_were() -> None:
+    """Names, draws and settings alike, so that files and golden numbers hold."""
+    torch.manual_seed(3)
+    G, D = small_generator(c_dim=3), Discriminator(16, c_dim=3, **SMALL)
+    torch.manual_seed(3)
+    more = small_generator(c_dim=3, class_w_avg=True), Discriminator(16, c_dim=3, conditioning="both", **SMALL)
+    added = {"mapping.class_w_avg": G, "b4.aux.weight": D, "b4.aux.bias": D}
+    for plain, extended in zip((G, D), more, strict=True):
+        state, larger = plain.state_dict(), extended.state_dict()
+        assert larger.keys() - state.keys() == {name for name, network in added.items() if network is plain}
+        assert all(torch.equal(state[name], larger[name]) for name in state)
+        assert {"class_w_avg", "conditioning"}.isdisjoint(plain.config)
+
+
 @pytest.mark.parametrize("half_dtype", [None, torch.bfloat16, "float16"])
 def test_the_config_rebuilds_the_network(half_dtype: str | torch.dtype | None) -> None:
     G = small_generator(half_levels=1, half_dtype=half_dtype, architecture="resnet", conv_clamp=256)
     D = Discriminator(16, half_levels=1, half_dtype=half_dtype, mbstd_group_size=2, **SMALL)
-    for network in (G, D):
+    labelled = small_generator(c_dim=2, class_w_avg=True), Discriminator(16, c_dim=2, conditioning="aux", **SMALL)
+    for network in (G, D, *labelled):
         config = json.loads(json.dumps(network.config))
         again = type(network)(**config)
         again.load_state_dict(network.state_dict())
@@ -112,6 +141,15 @@ def test_wrong_settings_are_named(options: dict, message: str) -> None:
             build(**({"res": 16} | SMALL | options))
 
 
+def test_options_of_labels_need_labels() -> None:
+    with pytest.raises(UserError, match="class_w_avg: expected a network with labels"):
+        small_generator(class_w_avg=True)
+    with pytest.raises(UserError, match="conditioning 'aux': expected a network with labels"):
+        Discriminator(16, conditioning="aux", **SMALL)
+    with pytest.raises(UserError, match="conditioning 'acgan': expected one of projection, aux, both"):
+        Discriminator(16, c_dim=2, conditioning="acgan", **SMALL)
+
+
 # --- mapping and truncation ---
 
 
@@ -125,6 +163,19 @@ def test_truncation_pulls_the_leading_styles_to_their_mean() -> None:
     half = G.mapping(z, truncation_psi=0.5, truncation_cutoff=2)
     torch.testing.assert_close(half[:, :2], (ws[:, :2] + G.mapping.w_avg) / 2)
     torch.testing.assert_close(half[:, 2:], ws[:, 2:])
+
+
+def test_truncation_pulls_towards_the_class_where_its_mean_is_kept() -> None:
+    G = small_generator(c_dim=3, class_w_avg=True)
+    G.mapping.w_avg.copy_(torch.randn(12))
+    G.mapping.class_w_avg.copy_(torch.randn(3, 12))
+    z, c = torch.randn(2, 8), torch.eye(3)[[2, 0]]
+    ws = G.mapping(z, c)
+    torch.testing.assert_close(G.mapping(z, c, 0), G.mapping.class_w_avg[[2, 0]][:, None].expand_as(ws))
+    torch.testing.assert_close(G.mapping(z, c, 0, class_centers=False), G.mapping.w_avg.expand_as(ws))
+    cut = G.mapping(z, c, truncation_psi=0.25, truncation_cutoff=1)
+    torch.testing.assert_close(cut[:, 0], 0.25 * ws[:, 0] + 0.75 * G.mapping.class_w_avg[[2, 0]])
+    torch.testing.assert_close(cut[:, 1:], ws[:, 1:])
 
 
 def test_forward_leaves_the_mean_style_to_the_trainer() -> None:

@@ -1,0 +1,193 @@
+"""Where the labels of photographs come from: a label file beside them, or else the folders they lie in.
+
+The label file is the widespread `dataset.json`, at the top of the photographs:
+
+    {"labels": [["sub/0001.png", 3], ["sub/0002.png", 0], ...]}               class numbers
+    {"labels": [["sub/0001.png", [0.1, -0.7]], ...]}                          vectors, all of one length
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stylepipe.datasets.manifest import Skipped
+from stylepipe.datasets.photos import is_image, printable
+from stylepipe.errors import UserError
+
+LABEL_FILE = "dataset.json"
+
+Vector = npt.NDArray[np.float32]
+Label = int | Vector
+
+_MAX_FLOAT = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label of every photograph that has one.
+
+    Attributes:
+        of_file: by relative name: the number of its class, or a vector [c_dim] float32.
+        classes: the classes' names in the order of their numbers; None where labels are vectors.
+        skipped: files that are left out because they have no label.
+    """
+
+    of_file: Mapping[str, Label]
+    classes: tuple[str, ...] | None
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def c_dim(self) -> int:
+        """Number of classes, or length of the vectors."""
+        if self.classes is not None:
+            return len(self.classes)
+        first = next(iter(self.of_file.values()))
+        assert isinstance(first, np.ndarray)
+        return len(first)
+
+    def empty_classes(self, numbers: set[int]) -> list[str]:
+        """Return the names of the classes that are not among `numbers`."""
+        return [name for number, name in enumerate(self.classes or ()) if number not in numbers]
+
+
+def find_labels(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) -> Labels:
+    """Read the labels of the photographs in a folder: from its `dataset.json`, or else from its sub-folders' names.
+
+    With a label file, class numbers are 0, 1, 2, ... without gaps, and are the names of the classes; each image must
+    have a label and each label its file. Without one, each top-level sub-folder that holds files is a class, in the
+    order of their names' bytes, and files beside them are skipped.
+
+    Args:
+        source: the folder.
+        files: names of its files, relative to it.
+        left_out: what the folder holds besides; the label file may name it.
+
+    Raises:
+        UserError: there is neither; the label file is something else, names a file that is not there or twice, misses
+            an image, or has labels that are negative, with gaps, not finite, or not all of one kind and length.
+    """
+    if LABEL_FILE in files:
+        return _from_file(source, files, left_out)
+    classes = sorted({name.split(os.sep, 1)[0] for name in files if os.sep in name}, key=os.fsencode)
+    if not classes:
+        raise UserError(
+            f"{source}: has no {LABEL_FILE} and no sub-folders to take labels from; make one per class, or leave out "
+            f"--labels (--cond in training)"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Labels(
+        {name: numbers[name.split(os.sep, 1)[0]] for name in files if os.sep in name},
+        tuple(map(printable, classes)),
+        tuple(
+            Skipped(printable(name), "without a class", "lies outside the sub-folders")
+            for name in files
+            if os.sep not in name
+        ),
+    )
+
+
+def _from_file(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) -> Labels:
+    path = source / LABEL_FILE
+    entries = _entries(path)
+    twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: names more than once: {_listed(twice)}; leave one label for each")
+    labels = dict(entries)
+    there = {*files, *(skipped.file for skipped in left_out)}
+    absent = [name for name in labels if name not in there]
+    if absent:
+        raise UserError(
+            f"{path}: names what is not in the folder: {_listed(absent)}; "
+            "expected the paths of its photographs, relative to it"
+        )
+    without = [name for name in files if name not in labels and name != LABEL_FILE]
+    missed = [name for name in without if is_image(source / name)]
+    if missed:
+        raise UserError(
+            f"{path}: has no label for {_listed(missed)}; "
+            "label every photograph, or move those without a label out of the folder"
+        )
+    of_file, classes = _checked(path, labels)
+    unreadable = (Skipped(printable(name), "unreadable", "not an image of a known format") for name in without)
+    return Labels(of_file, classes, tuple(unreadable))
+
+
+def _entries(path: Path) -> list[tuple[str, Any]]:
+    """Return (name, label as it stands there) of a label file."""
+    form = '{"labels": [["sub/0001.png", 3], ...]}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); expected {form}") from error
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: has no list of 'labels'; expected {form}, or no such file for labels by sub-folder")
+    for entry in entries:
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise UserError(f"{path}: an entry of 'labels' is {_short(entry)}; expected {form}")
+    return [(name, label) for name, label in entries]
+
+
+def _checked(path: Path, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label], tuple[str, ...] | None]:
+    """Return labels of one kind, and the names of the classes if they are numbers."""
+    first, kind = "", None
+    for name, label in labels.items():
+        found = _kind(label)
+        if found is None:
+            raise UserError(
+                f"{path}: the label of {name!r} is {_short(label)}; "
+                "expected a class number from 0 on, or a list of finite numbers"
+            )
+        if kind is None:
+            first, kind = name, found
+        if found != kind:
+            raise UserError(
+                f"{path}: the label of {name!r} is {found} and that of {first!r} {kind}; "
+                "expected all class numbers, or all lists of one length"
+            )
+    if kind != _CLASS:
+        return {name: np.asarray(label, dtype=np.float32) for name, label in labels.items()}, None
+    used = set(labels.values())
+    unused = next(number for number in range(len(used) + 1) if number not in used)
+    if unused < len(used):
+        raise UserError(
+            f"{path}: no photograph has the label {unused}, but some have {max(used)}; "
+            "number the classes 0, 1, 2, ... without gaps"
+        )
+    return labels, tuple(map(str, range(len(used))))
+
+
+_CLASS = "a class number"
+
+
+def _kind(label: Any) -> str | None:
+    """Say what a label is, or None if it is no label."""
+    if isinstance(label, int) and not isinstance(label, bool):
+        return _CLASS if label >= 0 else None
+    if isinstance(label, list) and label and all(map(_is_finite, label)):
+        return f"a list of {len(label)}"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX_FLOAT <= value <= _MAX_FLOAT
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return printable(names[0]) + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")

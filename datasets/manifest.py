@@ -1,0 +1,89 @@
+"""What a prepared folder says about itself in manifest.json; see shards.py for the files it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_NAME = "stylepipe-shards"
+FORMAT_VERSION = 1
+VECTORS_FORMAT_VERSION = 2  # that of a folder with labels.npy, which a reader of version 1 would not see
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.npy"
+LABELS_FILE = "labels.npy"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the dataset: name within the folder, size in bytes, SHA-256, number of samples it holds or lists."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One source file that is not in the dataset: its relative name, a short reason, the detail."""
+
+    file: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. Depends on source and options only: no times, hosts or absolute paths."""
+
+    name: str
+    count: int
+    resolution: int
+    image_format: str
+    index: FileRecord
+    shards: tuple[FileRecord, ...]
+    labels: FileRecord | None = None
+    classes: tuple[str, ...] | None = None
+    skipped: tuple[Skipped, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tool: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json."""
+        version = FORMAT_VERSION if self.labels is None else VECTORS_FORMAT_VERSION
+        values = {"format": FORMAT_NAME, "format_version": version, **asdict(self)}
+        if self.labels is None:  # version 1 has no such key
+            del values["labels"]
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse manifest.json; raise ValueError, KeyError or TypeError where it is none."""
+        values = json.loads(text)
+        if values.pop("format") != FORMAT_NAME:
+            raise ValueError(f"its format is not {FORMAT_NAME}")
+        version = values.pop("format_version")
+        if version not in (FORMAT_VERSION, VECTORS_FORMAT_VERSION):
+            newest = VECTORS_FORMAT_VERSION
+            raise ValueError(f"it has format version {version!r}, and this stylepipe reads versions up to {newest}")
+        values["index"] = FileRecord(**values["index"])
+        if version == VECTORS_FORMAT_VERSION:
+            values["labels"] = FileRecord(**values["labels"])
+        values["shards"] = tuple(FileRecord(**record) for record in values["shards"])
+        values["skipped"] = tuple(Skipped(**record) for record in values["skipped"])
+        if values["classes"] is not None:
+            values["classes"] = tuple(values["classes"])
+        manifest = cls(**values)
+        if any(Path(record.file).name != record.file for record in manifest.files()):
+            raise ValueError("it names a file outside its folder")
+        return manifest
+
+    def files(self) -> Iterator[FileRecord]:
+        """Yield the record of every file but the manifest itself."""
+        yield from self.shards
+        if self.labels is not None:
+            yield self.labels
+        yield self.index

@@ -1,0 +1,93 @@
+"""What `--class` and `--label` of `stylepipe sample` stand for, given what the network file says of its labels."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from stylepipe.errors import UserError
+
+ALL = "all"
+
+_NAMED = 8  # class names that a message lists
+
+
+def labels_to_draw(
+    path: Path, c_dim: int, metadata: Mapping[str, str], class_name: str | None, label: str | None
+) -> Tensor | None:
+    """Return the labels asked for, [n, c_dim] float32: one, or of all classes; None for a network without labels.
+
+    Args:
+        path: of the network file, for messages.
+        c_dim: label dimensions of the network.
+        metadata: of the file; `classes` is a JSON list of names by number, or null where labels are vectors. Files from
+            elsewhere have none: then numbers do.
+        class_name: `--class`, a name, a number or all. A name wins over a number.
+        label: `--label`, numbers with commas between.
+
+    Raises:
+        UserError: an option is missing, does not belong to such a network, or names no label of it.
+    """
+    if c_dim == 0:
+        for option, value in (("--class", class_name), ("--label", label)):
+            if value is not None:
+                raise UserError(f"{option} {value}: this network was trained without labels; leave {option} out")
+        return None
+    if class_name is not None and label is not None:
+        raise UserError(f"--label {label}: there is --class {class_name} already; give one of them")
+    if label is not None:
+        return _vector(label, c_dim)
+    names, vectors = _classes(path, metadata, c_dim)
+    if vectors:
+        raise UserError(
+            f"--class {class_name or 'missing'}: this network draws labels of {c_dim} numbers; give them with --label"
+        )
+    if class_name == ALL:
+        return torch.eye(c_dim)
+    return one_hot(torch.tensor([_number(class_name, names, c_dim)]), c_dim).float()
+
+
+def _number(class_name: str | None, names: list[str] | None, c_dim: int) -> int:
+    if names is not None and class_name in names:
+        return names.index(class_name)
+    if class_name is not None and class_name.isascii() and class_name.isdecimal() and int(class_name) < c_dim:
+        return int(class_name)
+    expected = f"expected 0 to {c_dim - 1}, or {ALL}"
+    if names is not None:
+        near = difflib.get_close_matches(class_name or "", names, n=1)
+        listed = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        expected += f", or a name: {listed}" + (f"; did you mean {near[0]!r}?" if near else "")
+    raise UserError(f"--class {class_name or 'missing'}: this network draws {c_dim} classes; {expected}")
+
+
+def _vector(text: str, c_dim: int) -> Tensor:
+    try:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+            vector = np.array([float(part) for part in text.split(",")]).astype(np.float32)
+    except ValueError:
+        vector = np.empty(0, dtype=np.float32)
+    if len(vector) != c_dim or not np.isfinite(vector).all():
+        raise UserError(f"--label {text}: expected {c_dim} finite numbers with commas between, such as 0.1,-0.7")
+    return torch.from_numpy(vector)[None]
+
+
+def _classes(path: Path, metadata: Mapping[str, str], c_dim: int) -> tuple[list[str] | None, bool]:
+    """Return the names of the classes, if the file has them, and whether its labels are vectors."""
+    if "classes" not in metadata:
+        return None, False
+    try:
+        names = json.loads(metadata["classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: the names of its classes in the header are damaged ({error})") from error
+    if names is None:
+        return None, True
+    if not isinstance(names, list) or len(names) != c_dim or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: the names of its classes in the header are damaged; expected a list of {c_dim} names")
+    return names, False
