@@ -19,8 +19,11 @@ from typing import Any, Literal, TypeVar
 from stylepipe.errors import UserError
 
 Architecture = Literal["skip", "resnet", "orig"]
+Conditioning = Literal["projection", "aux", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerKind = Literal["wandb", "tensorboard", "none"]
+AugmentMode = Literal["none", "ada", "fixed", "schedule", "diff"]
+AugmentPipe = Literal["blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
 
 MIN_RES, MAX_RES = 8, 1024
 MAX_SEED = 2**63
@@ -55,6 +58,11 @@ class NetworkConfig:
     """Clamp activations to +-this; 256 where the activations are half precision."""
     half_levels: int = 4
     """With bf16 or fp16, how many of the highest resolutions use it; the rest stay in float32."""
+    d_conditioning: Conditioning = "projection"
+    """What the discriminator does with labels (see --cond): project its features onto them, classify images by an
+    auxiliary output (see --loss.acgan-weight), or both."""
+    class_w_avg: bool = False
+    """Also keep a mean style of each class, so that truncation can pull towards that of the image's class."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,8 @@ class LossConfig:
     """Path lengths are measured on batch / this images."""
     style_mixing: float = 0.9
     """Share of generated images that mix two latents."""
+    acgan_weight: float = 0.0
+    """Weight of the auxiliary classifier's loss in both networks; needs --network.d-conditioning aux or both."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,59 @@ class EMAConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """What images go through before the discriminator sees them, real and generated alike (see --augment)."""
+
+    pipe: AugmentPipe = "bgc"
+    """Which augmentations, all but those of diff: one kind, or several by their first letters."""
+    p: float | None = None
+    """Probability of each: where ada begins, what fixed and diff keep, where schedule ends."""
+    target: float = 0.6
+    """ada: E[sign(D(real))] to hold; above it p rises, below it p falls."""
+    interval: int = 4
+    """ada: steps from one adjustment of p to the next."""
+    speed_kimg: float | None = None
+    """ada: thousands of images that p takes from 0 to 1 at the fastest."""
+    schedule_kimg: float | None = None
+    """schedule: thousands of images over which p rises from 0, along half a cosine. Default: the whole training."""
+    xflip: float | None = None
+    """Strength of the flip left to right: its probability is p times this. Default, here as below: as pipe says."""
+    rotate90: float | None = None
+    """Strength of rotations by 90 degrees."""
+    xint: float | None = None
+    """Strength of translations by whole pixels."""
+    scale: float | None = None
+    """Strength of isotropic scaling."""
+    rotate: float | None = None
+    """Strength of rotations by any angle."""
+    aniso: float | None = None
+    """Strength of scaling that changes the aspect ratio."""
+    xfrac: float | None = None
+    """Strength of translations by parts of pixels."""
+    brightness: float | None = None
+    """Strength of brightness."""
+    contrast: float | None = None
+    """Strength of contrast."""
+    lumaflip: float | None = None
+    """Strength of the luma flip."""
+    hue: float | None = None
+    """Strength of hue rotation."""
+    saturation: float | None = None
+    """Strength of saturation."""
+    imgfilter: float | None = None
+    """Strength of the filter of four octave bands."""
+    noise: float | None = None
+    """Strength of noise."""
+    cutout: float | None = None
+    """Strength of cutout."""
+
+
+_AUGMENT_WAYS = ("pipe", "p", "target", "interval", "speed_kimg", "schedule_kimg")
+AUGMENTATIONS = tuple(f.name for f in dataclasses.fields(AugmentConfig) if f.name not in _AUGMENT_WAYS)
+"""The single augmentations that AugmentConfig has a strength of."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -112,7 +175,11 @@ class Config:
     data: str | None = None
     """A prepared folder (see `stylepipe prepare`) or a folder of photographs. Default: drawn faces, built in."""
     preset: str | None = None
-    """Published setting to start from. Default: stylegan2 from 512 pixels on, auto below."""
+    """Published setting to start from. Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
+    init: str | None = None
+    """Fine-tune: start from the networks of this file, of another training. Gives --res and the architecture too."""
+    freeze_d: int = 0
+    """Fine-tuning: keep the first levels of the discriminator as they are, this many from the image on."""
     kimg: float | None = None
     """Length of the training, in thousands of real images shown to the discriminator."""
     batch_size: int | None = None
@@ -129,12 +196,17 @@ class Config:
     """Show half of the images flipped left to right."""
     cond: bool = False
     """Train on the labels of the data."""
+    augment: AugmentMode | None = None
+    """Augment what the discriminator sees: ada adapts the probability to how far it overfits, fixed keeps it, schedule
+    raises it; diff is DiffAugment's colour, translation and cutout. Default: as the preset says."""
     tracker: TrackerKind = "wandb"
     """Dashboard besides the files in --out."""
     tracker_artifacts: bool = False
     """Also upload network files to the tracker."""
     snapshot_kimg: float = 100
     """Save state-<kimg>/ and network-<kimg>.safetensors this often; the last ones always are."""
+    snapshot_with_d: bool = True
+    """Network files hold G and D beside the averaged G, to fine-tune from; about three times the size."""
     keep_states: int = 3
     """How many of the newest states to keep; 0 keeps all. Network files are always kept."""
     grid_kimg: float = 20
@@ -151,6 +223,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    aug: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 def filled(value: T | None) -> T:
@@ -211,7 +284,8 @@ def validate(config: Config) -> None:
     if not (MIN_RES <= res <= MAX_RES and res & (res - 1) == 0):
         near = min((2**k for k in range(3, 11)), key=lambda r: abs(r - res))
         raise UserError(f"--res {res}: expected a power of two from {MIN_RES} to {MAX_RES}; try {near}")
-    for option, text in {"--data": config.data, "--out": config.out, "--resume": config.resume}.items():
+    paths = {"--data": config.data, "--init": config.init, "--out": config.out, "--resume": config.resume}
+    for option, text in paths.items():
         if text == "":
             raise UserError(f'{option} "": expected a path; leave the option out for its default')
     limited = {
@@ -247,16 +321,21 @@ def validate(config: Config) -> None:
         "--loss.pl-batch-shrink": config.loss.pl_batch_shrink,
         "--ema.kimg": config.ema.kimg,
         "--optim.eps": config.optim.eps,
+        "--aug.interval": config.aug.interval,
+        "--aug.speed-kimg": config.aug.speed_kimg,
+        "--aug.schedule-kimg": config.aug.schedule_kimg,
     }
     for option, value in positive.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{option} {value}: expected a finite number above 0")
     not_negative = {
         "--seed": config.seed,
+        "--freeze-d": config.freeze_d,
         "--keep-states": config.keep_states,
         "--workers": config.workers,
         "--loss.r1-gamma": config.loss.r1_gamma,
         "--loss.pl-weight": config.loss.pl_weight,
+        "--loss.acgan-weight": config.loss.acgan_weight,
         "--network.mbstd-channels": config.network.mbstd_channels,
         "--network.half-levels": config.network.half_levels,
         "--ema.rampup": config.ema.rampup,
@@ -268,19 +347,49 @@ def validate(config: Config) -> None:
             raise UserError(f"{option} {value}: expected a finite number, 0 or more")
     if config.seed >= MAX_SEED:
         raise UserError(f"--seed {config.seed}: expected less than 2^63")
+    levels = res.bit_length() - 3
+    if config.freeze_d > levels:
+        raise UserError(
+            f"--freeze-d {config.freeze_d}: expected at most {levels}, the levels above 4 px at --res {res}"
+        )
     shares = {
         "--loss.style-mixing": config.loss.style_mixing,
         "--loss.pl-decay": config.loss.pl_decay,
+        "--aug.p": config.aug.p,
+        **{f"--aug.{name}": getattr(config.aug, name) for name in AUGMENTATIONS},
     }
     for option, value in shares.items():
-        if not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise UserError(f"{option} {value}: expected a share from 0 to 1")
     for option, value in {"--optim.beta1": config.optim.beta1, "--optim.beta2": config.optim.beta2}.items():
         if not 0 <= value < 1:
             raise UserError(f"{option} {value}: expected a decay from 0 to below 1")
+    if not -1 < config.aug.target < 1:
+        raise UserError(f"--aug.target {config.aug.target}: expected a mean sign, between -1 and 1")
+    _validate_conditioning(config)
     base = config.network.channel_base
     if base is not None and base < res:
         raise UserError(f"--network.channel-base {base}: leaves less than one channel at {res} px; try {64 * res}")
+
+
+def _validate_conditioning(config: Config) -> None:
+    """Refuse options of labels that do not go together."""
+    conditioning, weight = config.network.d_conditioning, config.loss.acgan_weight
+    if not config.cond:
+        if conditioning != "projection":
+            raise UserError(f"--network.d-conditioning {conditioning}: expected a training on labels; add --cond")
+        if config.network.class_w_avg:
+            raise UserError("--network.class-w-avg: expected a training on labels; add --cond")
+    if weight > 0 and conditioning == "projection":
+        raise UserError(
+            f"--loss.acgan-weight {weight:g}: the discriminator has no classifier; "
+            f"add --network.d-conditioning aux or both"
+        )
+    if weight == 0 and conditioning != "projection":
+        raise UserError(
+            f"--network.d-conditioning {conditioning}: nothing trains its classifier; "
+            f"add --loss.acgan-weight 1, or leave it out"
+        )
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

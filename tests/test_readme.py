@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_checkpoints import official_file
 
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
@@ -36,7 +37,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.strip().splitline
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with what the README's commands name: photographs, shards, the launch scripts and a trained network."""
+    """A folder with what the README's commands name: photographs, shards, launch scripts, networks of ours and not."""
     place = tmp_path_factory.mktemp("readme")
     (place / "PHOTOGRAPHS").mkdir()
     for index in range(8):
@@ -48,6 +49,7 @@ def place(tmp_path_factory) -> Path:
     assert main(["train", "--data", str(place / "prepared"), "--out", str(place / "run"), *shlex.split(SMALL)]) == 0
     run = place / "runs" / "00000-auto-faces-64"
     run.mkdir(parents=True)
+    official_file(place / "ffhq.pkl", "skip_resnet_32")
     (run / "network-000040.000.safetensors").symlink_to(place / "run" / "network-000000.004.safetensors")
     return place
 

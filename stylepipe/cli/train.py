@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -19,12 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stylepipe.cli.dry_run import dry_run
+from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
 from stylepipe.config import Config, filled, from_mapping
-from stylepipe.datasets.cache import dataset_for_training
-from stylepipe.datasets.shards import ShardDataset, is_prepared, open_dataset
+from stylepipe.datasets.cache import dataset_for_training, label_dimensions
+from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
+from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
 from stylepipe.training.allocator import keep_freed_memory
 from stylepipe.training.checkpoint import State
@@ -74,26 +77,44 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
-    """Read options; `--config FILE` gives the defaults for what no flag says.
+    """Read options; `--config FILE` gives the defaults for what no flag says, `--init NETWORK` for what neither says.
 
     Raises:
-        UserError: the file is no YAML of known options.
+        UserError: the file is no YAML of known options, or the network file can be no beginning of what they ask for.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
+    early.add_argument("--init")
     known, rest = early.parse_known_args(argv)
-    default = Config() if known.config is None else read_config(known.config)
+    default = read_config(known.config, known.init)
     config = tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
     if default.preset is not None and config.preset != default.preset:
         raise UserError(
             f"--preset {config.preset}: --config {known.config} has the numbers of {default.preset} already; "
             f"give one of them"
         )
+    if known.init is not None and config.resume not in ("auto", "none"):
+        raise UserError(
+            f"--init {known.init} and --resume {config.resume}: a state holds networks already; give one of them"
+        )
+    if config.init is not None:
+        check_settings(config, config.init)
     return config
 
 
-def read_config(path: Path) -> Config:
-    """Read a YAML file of options."""
+def read_config(path: Path | None, init: str | None) -> Config:
+    """Return the options of a YAML file, if any, and below them those of the network file to start from, if any."""
+    values = {} if path is None else _read_yaml(path)
+    config = from_mapping(Config, values, f"--config {path}")
+    init = config.init if init is None else init
+    if init is None:
+        return config
+    suggested = settings_of(init)
+    network = suggested["network"] | values.get("network", {})
+    return from_mapping(Config, suggested | values | {"network": network, "init": init}, f"--init {init}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -102,7 +123,7 @@ def read_config(path: Path) -> Config:
         raise UserError(f"--config {path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected options by name, found {type(values).__name__}")
-    return from_mapping(Config, values, f"--config {path}")
+    return values
 
 
 def train(config: Config, accelerator: Accelerator) -> int:
@@ -115,14 +136,21 @@ def train(config: Config, accelerator: Accelerator) -> int:
             dry_run(config, c_dim, accelerator.device, accelerator.num_processes)
         return 0
     assert dataset is not None
-    check_same(accelerator, state, dataset)
+    check_same(accelerator, state, dataset, config.init)
     out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_run_in(out))
         recipe = make_recipe(config, dataset, c_dim, accelerator.device)
-        trainer = stack.enter_context(closing(Trainer(config, recipe, dataset, accelerator, out, state)))
+        lines: list[str] = []
+        origin: dict[str, str] = {}
+        if config.init is not None and state is None:
+            lines = on_every_process(accelerator, start_from, recipe, config.init, dataset.manifest.classes)
+            origin = origin_of(config.init)
+        trainer = stack.enter_context(closing(Trainer(config, recipe, dataset, accelerator, out, state, origin)))
         del state
+        for line in lines:
+            trainer.say(line)
         try:
             interrupt = trainer.run()
         except torch.OutOfMemoryError as error:
@@ -143,12 +171,17 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     """
     config = settle(config, accelerator)
     state = find_state(config)
+    if config.freeze_d > 0 and config.init is None and state is None:
+        raise UserError(
+            f"--freeze-d {config.freeze_d}: new networks have learnt nothing to keep; expected --init NETWORK"
+        )
     if config.dry_run and config.data is not None and not Path(config.data).is_dir():
         raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
-        return config, state, None, 0
+        return config, state, None, label_dimensions(config.data) if config.cond else 0
     # Every process asks: the first on its machine prepares the data, the others wait for it.
     dataset = open_dataset(dataset_for_training(config.data, config.res, labels=config.cond), config.res)
+    check_labels(config, dataset.manifest.classes)
     if dataset.manifest.skipped and accelerator.is_main_process:
         left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
@@ -156,14 +189,17 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     return config, state, dataset, dataset.c_dim if config.cond else 0
 
 
-def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset) -> None:
-    """See that all processes found the same state and the same data: machines may not share their disks."""
-    found = (state.images_seen if state is not None else 0, len(dataset), dataset.name)
-    everywhere = gather_object([found]) if accelerator.num_processes > 1 else [found]
+def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset, init: str | None) -> None:
+    """See that all processes found the same beginning and the same data: machines may not share their disks."""
+    if accelerator.num_processes == 1:
+        return
+    network = file_sha256(Path(init))[:12] if init is not None and state is None else None
+    found = (state.images_seen if state is not None else 0, len(dataset), dataset.name, network)
+    everywhere = gather_object([found])
     if len(set(everywhere)) > 1:
         raise UserError(
-            f"--out and --data: the machines disagree on (images seen, images of the data, its name): {everywhere}; "
-            f"put both on a disk that all of them share, or copy them to each"
+            f"--out, --data and --init: the machines disagree on (images seen, images of the data, its name, digest of "
+            f"the network): {everywhere}; put all on a disk that all of them share, or copy them to each"
         )
 
 
@@ -190,10 +226,14 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
     """Fill every option that the preset and the device decide.
 
     Raises:
-        UserError: a precision that the device has not, an unknown choice of kernels, or what `resolve` refuses.
+        UserError: a precision or kernels that the device has not, an unknown choice of kernels, what `resolve` refuses.
     """
-    native.mode()  # asked for before anything is made
     on_cpu = accelerator.device.type == "cpu"
+    if native.mode() == "cuda" and on_cpu:  # before anything is made
+        raise UserError(
+            f"{native.VARIABLE}=cuda: no GPU to train on, expected one; stylepipe doctor tells what is in the way, and "
+            f"{native.VARIABLE}=auto trains on the CPU"
+        )
     config = resolve(config, accelerator.num_processes, max(1, CPU_BATCH_PIXELS // config.res) if on_cpu else None)
     if on_cpu:
         if config.precision == "fp16":
@@ -223,4 +263,5 @@ def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, device: torch
     """Build what is trained; labels of generated images are drawn from those of the data."""
     if c_dim == 0:
         return GANRecipe(config, device)
-    return GANRecipe(config, device, c_dim, lambda ids: torch.from_numpy(dataset.labels(ids)), len(dataset))
+    vectors = dataset.manifest.classes is None
+    return GANRecipe(config, device, c_dim, lambda ids: torch.from_numpy(dataset.labels(ids)), len(dataset), vectors)

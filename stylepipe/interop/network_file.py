@@ -3,13 +3,15 @@
 The header is safetensors' own string-to-string metadata:
 
     format              "stylepipe-network"
-    format_version      "1"
+    format_version      "1", or "2" where other networks stand beside the main one
     stylepipe_version   version of the writer
     class               key of NETWORKS, such as "stylegan2.Generator"
     config              JSON object: the class is called with it
-    ...                 what the writer adds: images_seen, data, preset
+    beside              JSON object: class and config of each further network, by name
+    ...                 what the writer adds: images_seen, data, preset, license, derived_from
 
-The tensors are the network's state dict, buffers included. Any safetensors reader opens these files.
+The tensors are the main network's state dict, buffers included, and those of each further network under its name and
+a slash: `D/b4.out.weight`. Any safetensors reader opens these files.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 
 FORMAT = "stylepipe-network"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What may be built from a file: nothing else is imported, whatever a file says. Each class has a `config`, the keyword
 # arguments that make another of its kind.
@@ -41,6 +43,7 @@ NETWORKS = {
     "stylegan2.Discriminator": "stylepipe.networks.stylegan2:Discriminator",
 }
 
+_RESERVED = {"format", "format_version", "stylepipe_version", "class", "config", "beside"}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -54,32 +57,45 @@ class NetworkHeader:
     """Keyword arguments of the class."""
     metadata: dict[str, str]
     """Everything else, such as images_seen."""
+    beside: dict[str, NetworkHeader] = field(default_factory=dict)
+    """Further networks of the file by name, such as D; their metadata is the file's."""
 
 
-def save_network(path: str | Path, network: nn.Module, *, metadata: Mapping[str, str] | None = None) -> None:
+def save_network(
+    path: str | Path,
+    network: nn.Module,
+    *,
+    beside: Mapping[str, nn.Module] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a network to `path`, whole or not at all.
 
     Args:
         path: by custom `network-<kimg>.safetensors`.
-        network: an instance of one of NETWORKS, on any device; it is not changed.
+        network: an instance of one of NETWORKS, on any device; it is not changed. By custom the averaged generator.
+        beside: further networks by name, by custom G and D, what training goes on from.
         metadata: what else the header shall say, such as `images_seen`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    extra = dict(metadata or {})
+    extra, beside = dict(metadata or {}), dict(beside or {})
     header = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": "2" if beside else "1",  # the oldest that can say it: older readers go on reading
         "stylepipe_version": version("stylepipe"),
         "class": _class_name(network),
         "config": json.dumps(network.config, sort_keys=True),
     }
-    assert not extra.keys() & header.keys(), f"reserved: {sorted(extra.keys() & header.keys())}"
+    if beside:
+        described = {name: {"class": _class_name(other), "config": other.config} for name, other in beside.items()}
+        header["beside"] = json.dumps(described, sort_keys=True)
+    assert not extra.keys() & _RESERVED, f"reserved: {sorted(extra.keys() & _RESERVED)}"
     # A training network's tensors are views of one arena; safetensors wants each to own its memory.
     tensors = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in network.state_dict().items()
+        prefix + name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for prefix, module in {"": network, **{f"{name}/": other for name, other in beside.items()}}.items()
+        for name, tensor in module.state_dict().items()
     }
     try:
         with atomic_path(path) as temporary:
@@ -88,7 +104,7 @@ def save_network(path: str | Path, network: nn.Module, *, metadata: Mapping[str,
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def load_network(path: str | Path, device: str | torch.device | None = None) -> nn.Module:
+def load_network(path: str | Path, device: str | torch.device | None = None, name: str | None = None) -> nn.Module:
     """Build the network of a file, ready to use: in eval mode, without gradients.
 
         G = load_network("network-000040.000.safetensors")
@@ -97,16 +113,24 @@ def load_network(path: str | Path, device: str | torch.device | None = None) -> 
     Args:
         path: written by `save_network`.
         device: where to put it; by default the CPU.
+        name: which network of a file that holds several, such as "D"; by default the main one, the averaged generator.
+            Only its weights are read.
 
     Raises:
-        UserError: there is no such file; it is something else, cut short, or made by a newer stylepipe; a tensor is
-            missing or has another shape.
+        UserError: there is no such file; it is something else, cut short, or made by a newer stylepipe; it holds no
+            network of that name; a tensor is missing or has another shape.
     """
     header = read_header(path)
+    if name is not None and name not in header.beside:
+        held = f"besides the main one it holds {', '.join(header.beside)}" if header.beside else "it holds one only"
+        raise UserError(f"{path}: no network {name!r} in it; {held}")
+    described = header if name is None else header.beside[name]
+    prefix = "" if name is None else f"{name}/"
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten: leave no trace of it
-        network = _build(path, header)
+        network = _build(path, described)
     with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        own = [key for key in file.keys() if _owner(key, header) == name]  # noqa: SIM118 - it is no mapping
+        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in own}
     _check_tensors(path, network.state_dict(), tensors)
     network.load_state_dict(tensors)
     return network.to(device or "cpu").eval().requires_grad_(False)
@@ -130,15 +154,27 @@ def read_header(path: str | Path) -> NetworkHeader:
             f"{path}: format version {found or 'missing'}, written by stylepipe {writer}; this one "
             f"({version('stylepipe')}) reads versions up to {FORMAT_VERSION}: install a newer stylepipe"
         )
-    class_name = fields.get("class", "")
-    if class_name not in NETWORKS:
-        raise UserError(f"{path}: holds a '{class_name}'; this stylepipe knows {', '.join(NETWORKS)}")
+    metadata = {key: value for key, value in fields.items() if key not in _RESERVED - {"stylepipe_version"}}
     try:
-        config = json.loads(fields.get("config", ""))
-    except ValueError as error:
+        config = dict(json.loads(fields.get("config", "")))
+        described = json.loads(fields.get("beside", "{}"))
+        beside = {
+            name: NetworkHeader(str(entry["class"]), dict(entry["config"]), metadata)
+            for name, entry in described.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: the network's settings in the header are damaged ({error})") from error
-    reserved = {"format", "format_version", "class", "config"}
-    return NetworkHeader(class_name, config, {key: value for key, value in fields.items() if key not in reserved})
+    header = NetworkHeader(fields.get("class", ""), config, metadata, beside)
+    for class_name in [header.class_name, *(other.class_name for other in beside.values())]:
+        if class_name not in NETWORKS:
+            raise UserError(f"{path}: holds a '{class_name}'; this stylepipe knows {', '.join(NETWORKS)}")
+    return header
+
+
+def license_notice(path: str | Path, header: NetworkHeader) -> str | None:
+    """Return the line that whoever uses a network of a foreign licence is shown; None where none is recorded."""
+    found = header.metadata.get("license")
+    return None if found is None else f"network {Path(path).name} is under {found}"
 
 
 def _read_fields(path: Path) -> dict[str, str]:
@@ -171,6 +207,12 @@ def _read_fields(path: Path) -> dict[str, str]:
         problem = "cut short" if size < 8 + length + end else "longer than its header says"
         raise UserError(f"{path}: {problem}, {size:,} of {8 + length + end:,} bytes; copy or download it again")
     return dict(fields)
+
+
+def _owner(key: str, header: NetworkHeader) -> str | None:
+    """Return which of the networks beside the main one a tensor belongs to; None: the main one."""
+    name = key.partition("/")[0]
+    return name if "/" in key and name in header.beside else None
 
 
 def _class_name(network: nn.Module) -> str:

@@ -10,9 +10,9 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from stylepipe.config import Config, filled, largest_divisor, overlay, validate
+from stylepipe.config import AugmentConfig, Config, filled, largest_divisor, overlay, validate
 from stylepipe.errors import UserError
-from stylepipe.presets import auto, paper256, paper1024, stylegan2
+from stylepipe.presets import auto, paper256, paper1024, stylegan2, transfer
 
 Preset = Callable[[int, int, int | None], Config]
 
@@ -21,9 +21,16 @@ PRESETS: dict[str, Preset] = {
     "paper1024": paper1024.preset,
     "paper256": paper256.preset,
     "auto": auto.preset,
+    "transfer": transfer.preset,
 }
 
 CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 activations in range
+
+# Where ada begins, what fixed and diff keep and schedule reaches: Karras et al. 2020 (arXiv:2006.06676) for the first
+# (the paper's fixed p is the user's to choose: a mild one here), Zhao et al. 2020 (arXiv:2006.10738), Huang et al. 2024
+# (arXiv:2501.05441).
+AUGMENT_P = {"ada": 0.0, "fixed": 0.2, "diff": 1.0, "schedule": 0.3}
+ADA_SPEED_KIMG = 500.0
 
 
 def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None) -> Config:
@@ -36,14 +43,14 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
         UserError: an option no run could use, an unknown preset, a batch size that does not divide.
     """
     validate(config)
-    name = config.preset or ("stylegan2" if config.res >= 512 else "auto")
+    name = config.preset or ("transfer" if config.init is not None else "stylegan2" if config.res >= 512 else "auto")
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(PRESETS)}"
         raise UserError(f"--preset {name}: unknown preset; {hint}")
     defaults = PRESETS[name](config.res, world_size, config.batch_size)
     batch_gpu_given = config.batch_gpu is not None
-    config = overlay(replace(defaults, preset=name), config)
+    config = with_augment(overlay(replace(defaults, preset=name), config))
     validate(config)
 
     batch_size = filled(config.batch_size)
@@ -71,6 +78,13 @@ def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
     """Set the micro-batch, and the minibatch stddev group to its largest divisor up to the preset's."""
     group = largest_divisor(batch_gpu, filled(config.network.mbstd_group_size))
     return replace(config, batch_gpu=batch_gpu, network=replace(config.network, mbstd_group_size=group))
+
+
+def with_augment(config: Config) -> Config:
+    """Fill what the way of augmenting leaves open: none unless asked for, else the numbers of its paper."""
+    mode = config.augment or "none"
+    filling = AugmentConfig(p=AUGMENT_P.get(mode), speed_kimg=ADA_SPEED_KIMG, schedule_kimg=config.kimg)
+    return replace(config, augment=mode, aug=overlay(filling, config.aug))
 
 
 def with_precision(config: Config, precision: str) -> Config:

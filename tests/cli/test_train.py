@@ -448,8 +448,19 @@ def test_help_fits_a_reader(capsys):
         assert option in text
 
 
-def test_an_unknown_choice_of_kernels_leaves_no_run_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("STYLEPIPE_KERNELS", "bogus")
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ("bogus", "expected one of auto, cuda, torch"),
+        pytest.param(
+            "cuda",
+            "no GPU to train on, expected one",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+    ],
+)
+def test_a_choice_of_kernels_that_cannot_be_leaves_no_run_folder(chosen, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STYLEPIPE_KERNELS", chosen)
     assert main(["train", "--res", "16", "--tracker", "none", "--out", str(tmp_path / "run")]) == 2
-    assert "STYLEPIPE_KERNELS=bogus: expected one of auto, cuda, torch" in capsys.readouterr().err
+    assert f"STYLEPIPE_KERNELS={chosen}: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

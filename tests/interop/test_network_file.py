@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import stylepipe
 from stylepipe.errors import UserError
 from stylepipe.interop import network_file
-from stylepipe.interop.network_file import load_network, read_header, save_network
+from stylepipe.interop.network_file import license_notice, load_network, read_header, save_network
 
 
 class Generator(nn.Module):
@@ -82,6 +83,84 @@ def test_saving_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert G.weight.untyped_storage().data_ptr() == G.bias.untyped_storage().data_ptr() == storage
 
 
+def test_other_networks_stand_beside_the_main_one(tmp_path: Path) -> None:
+    main, G, D = Generator(), Generator(z_dim=6), Generator(res=4)
+    path = tmp_path / "a.safetensors"
+    save_network(path, main, beside={"G": G, "D": D}, metadata={"images_seen": "64"})
+    for name, network in {None: main, "G": G, "D": D}.items():
+        z = torch.randn(2, network.z_dim)
+        assert torch.equal(load_network(path, name=name)(z), network(z)), name
+    header = read_header(path)
+    assert {name: other.config for name, other in header.beside.items()} == {"G": G.config, "D": D.config}
+    assert header.beside["D"].class_name == STUB
+    assert header.beside["D"].metadata == header.metadata
+    assert header.metadata["images_seen"] == "64"
+    with safe_open(str(path), framework="np") as file:
+        assert file.metadata()["format_version"] == "2"
+        assert {"weight", "G/weight", "D/w_avg"} <= set(file.keys())
+
+
+def test_a_network_alone_is_written_in_the_format_that_older_versions_read(tmp_path: Path, saved: Path) -> None:
+    with safe_open(str(saved), framework="np") as file:
+        fields = {"format", "format_version", "stylepipe_version", "class", "config", "images_seen"}
+        assert set(file.metadata()) == fields
+        assert file.metadata()["format_version"] == "1"
+    assert read_header(saved).beside == {}
+
+
+def test_the_main_network_is_read_without_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    save_network(path, Generator(), beside={"D": Generator()})
+    opened = []
+
+    def open_and_watch(*args: Any, **kwargs: Any) -> Any:
+        opened.append(Watched(safe_open(*args, **kwargs)))
+        return opened[-1]
+
+    monkeypatch.setattr(network_file, "safe_open", open_and_watch)
+    load_network(path)
+    assert opened[0].read == {"weight", "bias", "w_avg"}
+    load_network(path, name="D")
+    assert opened[1].read == {"D/weight", "D/bias", "D/w_avg"}
+
+
+class Watched:
+    """A safetensors file that notes which tensors are asked for."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.read = file, set[str]()
+
+    def __enter__(self) -> Watched:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        names: list[str] = self.file.keys()
+        return names
+
+    def get_tensor(self, name: str) -> Tensor:
+        self.read.add(name)
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+
+def test_a_network_that_the_file_does_not_hold_is_named(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(UserError, match="no network 'D' in it; it holds one only"):
+        load_network(saved, name="D")
+    save_network(saved, Generator(), beside={"G": Generator()})
+    with pytest.raises(UserError, match="no network 'D' in it; besides the main one it holds G"):
+        load_network(saved, name="D")
+
+
+def test_the_licence_is_told_where_one_is_recorded(tmp_path: Path, saved: Path) -> None:
+    assert license_notice(saved, read_header(saved)) is None
+    save_network(saved, Generator(), metadata={"license": "CC-BY-NC-4.0"})
+    assert license_notice(saved, read_header(saved)) == f"network {saved.name} is under CC-BY-NC-4.0"
+
+
 def test_any_safetensors_reader_opens_the_file(saved: Path) -> None:
     with safe_open(str(saved), framework="np") as file:
         assert set(file.keys()) == {"weight", "bias", "w_avg"}
@@ -132,10 +211,12 @@ def rewrite(path: Path, tensors: dict[str, Tensor | None] | None = None, **field
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": "2", "stylepipe_version": "9.1"}, r"format version 2, written by stylepipe 9\.1.*up to 1"),
+        ({"format_version": "3", "stylepipe_version": "9.1"}, r"format version 3, written by stylepipe 9\.1.*up to 2"),
         ({"format_version": "new"}, "format version new"),
         ({"class": "os.system"}, r"holds a 'os\.system'; this stylepipe knows stylegan2\.Generator"),
         ({"config": "{"}, "settings in the header are damaged"),
+        ({"beside": '{"D": {"class": "os.system"}}'}, "settings in the header are damaged"),
+        ({"beside": '{"D": {"class": "os.system", "config": {}}}'}, r"holds a 'os\.system'"),
         ({"config": '{"z_dim": 4, "colour": 1}'}, "do not make a .*colour"),
     ],
 )

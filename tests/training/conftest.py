@@ -1,4 +1,4 @@
-"""A training small enough for tests, with every phase due."""
+"""A training small enough for tests, with every phase due and every augmentation on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from stylepipe.config import Config, LossConfig, NetworkConfig
+from stylepipe.config import AugmentConfig, Config, LossConfig, NetworkConfig
 from stylepipe.datasets.reader import Batch
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe
@@ -20,6 +20,8 @@ TINY = Config(
     batch_gpu=4,
     network=NetworkConfig(z_dim=16, w_dim=16, channel_base=128, channel_max=16, mapping_layers=2),
     loss=LossConfig(r1_interval=2, pl_interval=2, r1_gamma=5.0),
+    augment="ada",
+    aug=AugmentConfig(pipe="bgcfnc", p=0.5, interval=2, speed_kimg=0.1),
 )
 
 

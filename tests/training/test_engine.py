@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stylepipe.config import LossConfig, OptimConfig
+from stylepipe.config import LossConfig, NetworkConfig, OptimConfig
 
 PHASES = ["G/main", "G/path_length", "D/main", "D/r1"]
 
@@ -32,6 +32,23 @@ def test_the_watchdog_barks():
 @pytest.mark.parametrize("c_dim", [0, 3])
 def test_no_phase_waits_for_the_device(make_engine, batch_at, phase, c_dim):
     engine, batch = make_engine(c_dim=c_dim), batch_at(0, c_dim=c_dim)
+    with NoHostSync():
+        run(engine, batch, phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_no_phase_with_a_classifier_and_means_of_classes_waits_for_the_device(make_engine, batch_at, phase):
+    network = NetworkConfig(
+        z_dim=16,
+        w_dim=16,
+        channel_base=128,
+        channel_max=16,
+        mapping_layers=2,
+        d_conditioning="both",
+        class_w_avg=True,
+    )
+    loss = LossConfig(r1_gamma=5.0, acgan_weight=1.0)
+    engine, batch = make_engine(c_dim=3, cond=True, network=network, loss=loss), batch_at(0, c_dim=3)
     with NoHostSync():
         run(engine, batch, phase)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stylepipe.training.arena import Arena, mark_trained
+from stylepipe.training.arena import Arena, mark_trained, trained_parameters
 from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import FixedResolution
 from stylepipe.training.interrupt import Interrupt
@@ -52,8 +52,24 @@ def test_an_optimizer_on_the_arena_is_one_on_the_parameters():
 
 def test_mark_trained():
     module = nn.Linear(2, 2)
-    mark_trained(module, False)
-    assert not any(p.requires_grad for p in module.parameters())
+    mark_trained(trained_parameters(module), False)
+    assert trained_parameters(module) == []
+
+
+def test_frozen_parameters_stay_as_they_are():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[0].requires_grad_(False)
+    before = [p.detach().clone() for p in module.parameters()]
+    arena = Arena(module)
+    assert arena.trained == list(module[1].parameters())
+    optimizer = torch.optim.Adam([arena.params], lr=0.1, betas=(0.9, 0.99))
+    for _ in range(3):
+        arena.zero_grad()
+        module(torch.ones(2, 3)).square().sum().backward(inputs=arena.trained)
+        optimizer.step()
+    changed = [not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
+    assert changed == [False, False, True, True]
+    assert sum(window.stop - window.start for window in arena.frozen) == 12
 
 
 def test_ema_halves_in_its_half_life():

@@ -39,11 +39,13 @@ def train(out: Path, world_size: int, losses: str = "both") -> list[dict[str, to
     return [load_file(out / f"rank{rank}.safetensors") for rank in range(world_size)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture(scope="module", params=["both", "labels", "frozen"])
+def runs(tmp_path_factory, request):
+    """Runs without labels; with projection, auxiliary classifier and mean styles of classes; with a level frozen."""
     folder = tmp_path_factory.mktemp("ranks")
-    (one,) = train(folder / "one", 1)
-    two = train(folder / "two", 2)
+    (one,) = train(folder / "one", 1, request.param)
+    two = train(folder / "two", 2, request.param)
+    assert ("state/G.buffer.mapping.class_w_avg" in one) == (request.param == "labels")
     return one, two
 
 
@@ -73,6 +75,13 @@ def test_weights_and_averages_are_those_of_one_process(runs):
             assert relative_difference(two[0][name], one[name]) < 1e-6, name
 
 
+def test_the_probability_of_augmentations_moved_and_is_that_of_one_process(runs):
+    one, two = runs
+    p = one["state/recipe.augment.p"]
+    assert p != 0.5
+    assert all(torch.equal(rank["state/recipe.augment.p"], p) for rank in two)
+
+
 def test_all_ranks_hold_the_same_weights(runs):
     _, two = runs
     for name in two[0]:
@@ -80,6 +89,7 @@ def test_all_ranks_hold_the_same_weights(runs):
             assert torch.equal(two[0][name], two[1][name]), name
 
 
+@pytest.mark.parametrize("runs", ["both"], indirect=True)
 @pytest.mark.parametrize(("losses", "phase"), [("r1", "G/path_length"), ("path length", "D/r1")])
 def test_each_regularizer_does_change_the_training(runs, tmp_path, losses, phase):
     """Without the one, its network comes out otherwise; the first step of the other network is not touched."""

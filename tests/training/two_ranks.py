@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from stylepipe.config import Config, LossConfig, NetworkConfig
+from stylepipe.config import AugmentConfig, Config, LossConfig, NetworkConfig
 from stylepipe.datasets.reader import Batch
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe
@@ -18,29 +18,45 @@ from stylepipe.training.engine import Engine
 
 STEPS = 4
 BATCH_SIZE, BATCH_GPU = 8, 4
+LABELS = torch.eye(3)
 
 
 def main(out: Path, losses: str) -> None:
     accelerator = make_accelerator()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     torch.set_num_threads(1)
+    labelled = losses == "labels"
     config = Config(
         res=16,
         batch_size=BATCH_SIZE,
         batch_gpu=BATCH_GPU,
-        network=NetworkConfig(z_dim=16, w_dim=16, channel_base=256, channel_max=16, mapping_layers=2),
+        cond=labelled,
+        freeze_d=1 if losses == "frozen" else 0,
+        network=NetworkConfig(
+            z_dim=16,
+            w_dim=16,
+            channel_base=256,
+            channel_max=16,
+            mapping_layers=2,
+            class_w_avg=labelled,
+            d_conditioning="both" if labelled else "projection",
+        ),
         # Every phase in every step; the lazy correction is then k = 1, and the same for both runs.
         loss=LossConfig(
             r1_gamma=0.0 if losses == "path length" else 5.0,
             r1_interval=1,
             pl_weight=0.0 if losses == "r1" else 2.0,
             pl_interval=1,
+            acgan_weight=1.0 if labelled else 0.0,
         ),
+        augment="ada",
+        aug=AugmentConfig(pipe="bgcfnc", p=0.5, interval=2, speed_kimg=0.1),
     )
     config = with_precision(resolve(config, world_size), "fp32")
     torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
     torch.rand(rank + 1)
-    recipe = GANRecipe(config, accelerator.device)
+    c_dim = len(LABELS) if labelled else 0
+    recipe = GANRecipe(config, accelerator.device, c_dim, lambda rows: LABELS[rows], len(LABELS))
     engine = Engine(recipe, batch_gpu=BATCH_GPU, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size)
     result: dict[str, torch.Tensor] = {}
     run_phase = engine.run_phase
@@ -55,7 +71,8 @@ def main(out: Path, losses: str) -> None:
         images = torch.randint(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=torch.uint8, generator=generator)
         positions = torch.arange(BATCH_SIZE) + step * BATCH_SIZE
         share = slice(rank, None, world_size)
-        engine.step(Batch(images[share], torch.zeros(BATCH_SIZE // world_size, 0), positions[share]))
+        labels = LABELS[positions % len(LABELS), :c_dim]
+        engine.step(Batch(images[share], labels[share], positions[share]))
     result |= {f"state/{name}": tensor.clone() for name, tensor in engine.state().items()}
     result["world_size"] = torch.tensor(dist.get_world_size() if dist.is_initialized() else 1)
     save_file(result, out / f"rank{rank}.safetensors")

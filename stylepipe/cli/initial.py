@@ -1,0 +1,155 @@
+"""`stylepipe train --init`: what a training takes from a network file, and how its networks start from that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from stylepipe.config import Config
+from stylepipe.errors import UserError
+from stylepipe.interop.network_file import NetworkHeader, license_notice, load_network, read_header
+from stylepipe.interop.transfer import check_resolution, fill_discriminator, fill_generator
+from stylepipe.networks.stylegan2 import Discriminator, Generator
+from stylepipe.recipes.gan import GANRecipe
+
+# Options by the names that networks give them. Weights of one setting are of no use to another.
+_G_WEIGHTS = {
+    "z_dim": "z_dim",
+    "w_dim": "w_dim",
+    "channel_base": "channel_base",
+    "channel_max": "channel_max",
+    "mapping_layers": "mapping_layers",
+    "architecture": "g_architecture",
+}
+_D_WEIGHTS = {"architecture": "d_architecture", "mbstd_channels": "mbstd_channels"}
+_IN_COMMON = ("res", "c_dim", "img_channels", "channel_base", "channel_max")
+
+
+def settings_of(path: str) -> dict[str, Any]:
+    """Return the options that the networks of a file suggest, as a `--config` file would hold them.
+
+    Besides what their weights need: resolution, clamp and the group of minibatch stddev. Their precision, which depends
+    on the device that they were trained on, is left out.
+
+    Raises:
+        UserError: no network file, or not one of a generator for colour images with a discriminator of the same kind.
+    """
+    header = _read(path)
+    network = {option: header.config[key] for key, option in _G_WEIGHTS.items()}
+    if header.config["conv_clamp"] is not None:
+        network["conv_clamp"] = header.config["conv_clamp"]
+    if (D := header.beside.get("D")) is not None:
+        network |= {option: D.config[key] for key, option in _D_WEIGHTS.items()}
+        network["mbstd_group_size"] = D.config["mbstd_group_size"]
+    return {"res": header.config["res"], "network": network}
+
+
+def check_settings(config: Config, path: str) -> None:
+    """See that networks of these settings can start from those of a file.
+
+    Raises:
+        UserError: names the option, its value and that of the file.
+    """
+    header = _read(path)
+    D = header.beside.get("D")
+    weights = {option: header.config[key] for key, option in _G_WEIGHTS.items()}
+    if D is not None:
+        weights |= {option: D.config[key] for key, option in _D_WEIGHTS.items()}
+    for option, value in weights.items():
+        found = getattr(config.network, option)
+        if found != value:
+            raise UserError(
+                f"--network.{option.replace('_', '-')} {found}: --init {path} has {value}, and its weights fit nothing "
+                f"else; leave the option out, or train without --init"
+            )
+    check_resolution(header.config, None if D is None else D.config, config.res)
+    if config.freeze_d > 0 and D is None:
+        raise UserError(
+            f"--freeze-d {config.freeze_d}: --init {path} has no discriminator, and a new one has learnt nothing yet; "
+            f"leave it out, or start from a file saved with --snapshot-with-d"
+        )
+    if config.freeze_d > 0 and config.res > header.config["res"]:
+        raise UserError(
+            f"--freeze-d {config.freeze_d}: at --res {config.res} the first levels are new, --init {path} having "
+            f"{header.config['res']} px; leave it out, or keep that resolution"
+        )
+
+
+def start_from(recipe: GANRecipe, path: str, classes: Sequence[str] | None) -> list[str]:
+    """Let the networks of a recipe start from those of a file, and return lines that say how.
+
+    G, G_ema and D each start from their like; G from G_ema where the file has no G, and D anew where it has no D.
+
+    Args:
+        recipe: freshly made.
+        path: settings that `check_settings` has approved.
+        classes: names of the classes of the data, None for label vectors or no labels.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    header = read_header(path)
+    device, c_dim, before = recipe.device, recipe.labels.c_dim, header.config["c_dim"]
+    known = header.metadata.get("classes")
+    same_names = known is None or json.loads(known) == (None if classes is None else list(classes))
+    same_labels = c_dim == before and (c_dim == 0 or same_names)
+    own_g, has_d = "G" if "G" in header.beside else None, "D" in header.beside
+    # G first: both hold one buffer of mean styles, and those of the average are the ones to keep.
+    fill_generator(recipe.G, cast(Generator, load_network(path, device, own_g)), same_labels)
+    fill_generator(recipe.G_ema, cast(Generator, load_network(path, device)), same_labels)
+    if has_d:
+        fill_discriminator(recipe.D, cast(Discriminator, load_network(path, device, "D")), same_labels)
+    recipe.start_pl_mean()
+    return _told(recipe, path, header, own_g is not None, has_d, same_labels)
+
+
+def origin_of(path: str) -> dict[str, str]:
+    """Return what network files of a training that starts from this one shall say of it: its name and its licence."""
+    licensed = {key: value for key, value in read_header(path).metadata.items() if key == "license"}
+    return {"derived_from": Path(path).name, **licensed}
+
+
+def _told(
+    recipe: GANRecipe, path: str, header: NetworkHeader, has_g: bool, has_d: bool, same_labels: bool
+) -> list[str]:
+    average = "G and its average" if has_g else "the averaged G"
+    lines = [f"starting from {path}: {average}{' and D' if has_d else '; it has no D, so that one is new'}"]
+    if (res := recipe.G.config["res"]) != header.config["res"]:
+        lines.append(f"resolution: {header.config['res']} px there, {res} px here")
+    if not same_labels:
+        lines.append(
+            f"labels: {header.config['c_dim']} there, {recipe.labels.c_dim} here, so all labels start as one: as the "
+            f"mean of those there, if any"
+        )
+    notice = license_notice(path, header)
+    return lines if notice is None else [*lines, notice]
+
+
+def _read(path: str) -> NetworkHeader:
+    """Read a header and see that its networks belong together."""
+    header = read_header(path)
+    if header.class_name != "stylegan2.Generator":
+        raise UserError(f"--init {path}: its main network is a {header.class_name}; expected a generator")
+    _check_complete(path, header, {*_IN_COMMON, *_G_WEIGHTS, "conv_clamp"})
+    if header.config["img_channels"] != 3:
+        raise UserError(f"--init {path}: images of {header.config['img_channels']} channels; expected 3, colour")
+    for name, kind in {"G": "stylegan2.Generator", "D": "stylegan2.Discriminator"}.items():
+        if (other := header.beside.get(name)) is None:
+            continue
+        if other.class_name != kind:
+            raise UserError(f"--init {path}: its {name} is a {other.class_name}; expected a {kind}")
+        _check_complete(path, other, {*_IN_COMMON, *(_G_WEIGHTS if name == "G" else (*_D_WEIGHTS, "mbstd_group_size"))})
+        for key in (*_IN_COMMON, *(_G_WEIGHTS if name == "G" else ())):
+            if other.config[key] != header.config[key]:
+                raise UserError(
+                    f"--init {path}: its {name} has {key} {other.config[key]}, its main network {header.config[key]}; "
+                    f"expected networks of one training"
+                )
+    return header
+
+
+def _check_complete(path: str, header: NetworkHeader, keys: set[str]) -> None:
+    if missing := sorted(keys - header.config.keys()):
+        raise UserError(f"--init {path}: its header says nothing of {missing[0]}; copy or download it again")
