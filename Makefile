@@ -60,17 +60,19 @@ types: $(STAMP)
 	$(BIN)/mypy build/types/stylepipe launch/*.py
 
 # Compiles into a cache of its own, so that the seconds are those of a first time. nvcc may be missing (NVRTC comes with torch),
-# and what doctor finds stops nothing.
+# and what doctor finds stops nothing. Each part has a limit; together they stay under 8 minutes.
 gpu-check: export STYLEPIPE_KERNEL_CACHE := $(CURDIR)/build/gpu-check/kernels
 gpu-check: $(if $(GPU_PYTHON),,$(STAMP)) ## All that needs a CUDA device: builds, tests, sanitizers, benchmarks of ops and steps; under 8 minutes
 	rm -rf build/gpu-check && mkdir -p build/gpu-check
-	$(GPU_RUN) -m stylepipe kernels build --compiler nvrtc
-	-$(GPU_RUN) -m stylepipe kernels build --compiler nvcc
-	-$(GPU_RUN) -m stylepipe doctor
-	$(GPU_RUN) -m pytest tests/gpu
-	$(GPU_RUN) -m stylepipe bench ops --json build/gpu-check/ops.json
-	$(GPU_RUN) -m stylepipe bench step --res 256 --preset paper256 --batch-gpu 32 --json build/gpu-check/step-256.json
-	$(GPU_RUN) -m stylepipe bench step --res 1024 --preset stylegan2 --batch-gpu 16 --json build/gpu-check/step-1024.json
+	timeout 30 $(GPU_RUN) -m stylepipe kernels build --compiler nvrtc
+	-timeout 30 $(GPU_RUN) -m stylepipe kernels build --compiler nvcc
+	-timeout 15 $(GPU_RUN) -m stylepipe doctor
+	timeout 230 $(GPU_RUN) -m pytest tests/gpu
+	timeout 70 $(GPU_RUN) -m stylepipe bench ops --json build/gpu-check/ops.json
+	timeout 25 $(GPU_RUN) -m stylepipe bench ops --dtype float32 --no-compile --res 256 1024 --batch-size 8 --json build/gpu-check/ops-float32.json
+	timeout 20 $(GPU_RUN) -m stylepipe bench bytes --json build/gpu-check/bytes.json
+	timeout 25 $(GPU_RUN) -m stylepipe bench step --res 256 --preset paper256 --batch-gpu 32 --json build/gpu-check/step-256.json
+	timeout 35 $(GPU_RUN) -m stylepipe bench step --res 1024 --preset stylegan2 --batch-gpu 16 --json build/gpu-check/step-1024.json
 
 clean: ## Remove what the targets made, .venv and the demo's run included; other runs stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* $(DEMO_OUT)

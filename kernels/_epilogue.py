@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stylepipe.kernels._library import STRAIGHT, memory_format_of
+from stylepipe.kernels._library import STRAIGHT, Traits, memory_format_of
 from stylepipe.kernels._operands import RGB, SUMS, Operands, pack, pointer, real_of, structures
 from stylepipe.kernels.native import Library, stream_of
 
@@ -57,7 +57,7 @@ def view_along(library: Library, x: Tensor, dim: int | None) -> View:
     return View(math.prod(x.shape[:dim]), size, pixels, rows=False)
 
 
-def makes_rgb(library: Library, x: Tensor, rgb_weight: Tensor) -> bool:
+def makes_rgb(library: Library | Traits, x: Tensor, rgb_weight: Tensor) -> bool:
     """Tell whether the kernels make rgb beside y: channels_last, whole vectors, all channels in one block."""
     if memory_format_of(x) != torch.channels_last or rgb_weight.shape[1] != RGB:
         return False
@@ -209,10 +209,10 @@ def is_aligned(library: Library, tensor: Tensor) -> bool:
     return tensor.data_ptr() % library.vector_bytes == 0
 
 
-def narrow_lanes(library: Library, dtype: torch.dtype) -> int:
+def narrow_lanes(library: Library | Traits, dtype: torch.dtype) -> int:
     """Return the width of vectors in kernels that keep sums, NARROW in cuda/sums.cuh."""
     return _lanes(library, dtype) if library.threads == 1 else min(4, _lanes(library, dtype))
 
 
-def _lanes(library: Library, dtype: torch.dtype) -> int:
+def _lanes(library: Library | Traits, dtype: torch.dtype) -> int:
     return max(1, library.vector_bytes // dtype.itemsize)

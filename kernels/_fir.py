@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stylepipe.kernels._epilogue import Backward, aligned, is_aligned, narrow_lanes
-from stylepipe.kernels._library import memory_format_of
+from stylepipe.kernels._library import Traits, memory_format_of
 from stylepipe.kernels._operands import SUMS, Operands, pack, pointer, real_number, real_of, structure, structures
 from stylepipe.kernels.native import Library, stream_of
 
@@ -70,7 +70,7 @@ def run_upfirdn2d(library: Library, x: Tensor, f: Tensor, geometry: Geometry) ->
     return y
 
 
-def fits_fused(library: Library, x: Tensor, f: Tensor) -> bool:
+def fits_fused(library: Library | Traits, x: Tensor, f: Tensor) -> bool:
     """Tell whether the fused kernels take x and f: channels_last, whole vectors, a separable filter of 4 taps."""
     return (
         f.ndim == 1

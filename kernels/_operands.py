@@ -45,21 +45,20 @@ class Operands(NamedTuple):
     def prepared(self, dtype: torch.dtype) -> Operands:
         """Return them as kernels for activations of this type read them."""
         real = real_of(dtype)
-
-        def packed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(real).contiguous()
-
         noise = None if self.noise is None else self.noise.to(real)
         if noise is not None and noise.stride(1) != 1:
             noise = noise.contiguous()
-        return self._replace(
-            scale=packed(self.scale),
-            bias=packed(self.bias),
-            next_scale=packed(self.next_scale),
-            noise=noise,
-            noise_strength=packed(self.noise_strength),
-            rgb_weight=packed(self.rgb_weight),
-        )
+        return Operands(
+            _packed(self.scale, real), _packed(self.bias, real), _packed(self.next_scale, real), noise,
+            _packed(self.noise_strength, real), _packed(self.rgb_weight, real),
+            self.act, self.alpha, self.gain, self.clamp,
+        )  # fmt: skip
+
+
+def _packed(tensor: Tensor | None, real: torch.dtype) -> Tensor | None:
+    if tensor is None or (tensor.dtype == real and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(real).contiguous()
 
 
 def slope_below(act: str, alpha: float) -> float:

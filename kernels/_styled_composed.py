@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stylepipe.kernels._activations import activation_alpha, activation_gain, keeps_sign
 from stylepipe.kernels._fir import transposed_padding
 from stylepipe.kernels._library import in_own_type
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, keeps_sign
+from stylepipe.kernels.bias_act import bias_act
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 

@@ -11,11 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stylepipe.kernels._activations import activation_alpha, activation_gain
 from stylepipe.kernels._fir import fits_fused, plain_geometry, run_act_fir, run_act_fir_backward, transposed_padding
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, STRAIGHT, check_device, check_floating, compiled
+from stylepipe.kernels._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    STRAIGHT,
+    check_device,
+    check_floating,
+    compiled,
+    register_gradient,
+    traits_for,
+)
 from stylepipe.kernels._operands import Operands, real_of, slope_below
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain, bias_act, check_clamp
-from stylepipe.kernels.native import Library
+from stylepipe.kernels.bias_act import bias_act, check_clamp
 from stylepipe.kernels.upfirdn2d import upfirdn2d
 
 _NEGATIVE, _POSITIVE, _CLAMPED = range(3)  # as in cuda/fused_fir.cu
@@ -48,27 +57,22 @@ def act_fir(
     check_clamp("act_fir", clamp)
     check_floating("act_fir", x)
     check_device("act_fir", "b", b, x)
+    check_device("act_fir", "f", f, x)
     gain = float(activation_gain(act) if gain is None else gain)
     clamp = None if clamp is None else float(clamp)
-    if torch.compiler.is_compiling() or _kernels(x, f, padding, act, gain) is None:
+    traits = traits_for("fused_fir", x) if _fits(x, f, padding, act, gain) else None
+    if traits is None or not fits_fused(traits, x, f):
         return upfirdn2d(bias_act(x, b, act=act, gain=gain, clamp=clamp), f, padding=padding)
     return torch.ops.stylepipe.act_fir(x, b, f, padding, act, activation_alpha(act), gain, clamp)[0]
 
 
-def _kernels(x: Tensor, f: Tensor, padding: int, act: str, gain: float) -> Library | None:
-    """Return compiled kernels that take such operands, or None.
+def _fits(x: Tensor, f: Tensor, padding: int, act: str, gain: float) -> bool:
+    """Tell whether there can be kernels for it.
 
     The codes of an input are written by the thread whose output lies at the same place: there must be one.
     """
-    if (
-        act not in STRAIGHT
-        or gain <= 0
-        or x.numel() == 0
-        or not f.shape[-1] - 1 <= 2 * padding <= 2 * (f.shape[-1] - 1)
-    ):
-        return None
-    kernels = compiled("fused_fir", x)
-    return kernels if kernels is not None and fits_fused(kernels, x, f) else None
+    taps = f.shape[-1]
+    return act in STRAIGHT and gain > 0 and x.numel() > 0 and taps - 1 <= 2 * padding <= 2 * (taps - 1)
 
 
 _OPTIONS = "Tensor f, int padding, str act, float alpha, float gain, float? clamp"
@@ -85,7 +89,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y and codes [N, H, W, C / 4] uint8: four activations to a byte (two of float64), the first lowest."""
     x = x.contiguous(memory_format=torch.channels_last)
-    if kernels := _kernels(x, f, padding, act, gain):
+    kernels = compiled("fused_fir", x) if _fits(x, f, padding, act, gain) else None
+    if kernels is not None and fits_fused(kernels, x, f):
         operands = Operands(bias=b, act=act, alpha=alpha, gain=gain, clamp=clamp)
         return run_act_fir(kernels, x, f, plain_geometry(x, f, padding), operands)
     u = x if b is None else x + b.to(x.dtype)[:, None, None]
@@ -124,7 +129,7 @@ def _forward_autograd(ctx: Any, dy: Tensor | None, dcodes: None) -> tuple[Any, .
     return dx, db.to(ctx.bias_dtype) if with_db else None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("stylepipe::act_fir", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
+register_gradient("act_fir", _forward_setup, _forward_autograd)
 
 
 @torch.library.impl(LIBRARY, "act_fir_backward", ANY_DEVICE)
@@ -182,9 +187,7 @@ def _backward_autograd(ctx: Any, ddx: Tensor | None, ddb: Tensor | None) -> tupl
     return upfirdn2d(passed, f, padding=padding), None, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "stylepipe::act_fir_backward", _backward_autograd, setup_context=_backward_setup, lib=LIBRARY
-)
+register_gradient("act_fir_backward", _backward_setup, _backward_autograd)
 
 
 def _slope(codes: Tensor, like: Tensor, act: str, alpha: float, gain: float) -> Tensor:

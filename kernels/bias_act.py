@@ -8,98 +8,27 @@ signs of the output.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from stylepipe.kernels._activations import ACTIVATIONS, keeps_sign, lookup
 from stylepipe.kernels._epilogue import run_backward, run_forward, view_along
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, check_device, check_floating, compiled, memory_format_of
+from stylepipe.kernels._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    check_device,
+    check_floating,
+    compiled,
+    in_own_type,
+    memory_format_of,
+    register_gradient,
+    traits_for,
+)
 from stylepipe.kernels._operands import Operands, real_of
 from stylepipe.kernels.native import Library
-
-_SELU_SCALE = 1.0507009873554804934193349852946
-_SELU_ALPHA = 1.6732632423543772848170429916717
-
-
-class _Activation(NamedTuple):
-    """An activation with its first two derivatives: functions of (u, alpha), made of differentiable ops."""
-
-    gain: float
-    alpha: float
-    value: Callable[[torch.Tensor, float], torch.Tensor]
-    first: Callable[[torch.Tensor, float], torch.Tensor]
-    second: Callable[[torch.Tensor, float], torch.Tensor] | None  # None: zero wherever it is defined
-
-
-def _exponential(u: torch.Tensor, positive: float, scale: float) -> torch.Tensor:
-    """Return `positive` where u > 0 and scale * exp(u) elsewhere, without overflow in the gradient."""
-    return torch.where(u > 0, positive, scale * u.clamp(max=0).exp())
-
-
-def _swish_first(u: torch.Tensor, _: float) -> torch.Tensor:
-    s = u.sigmoid()
-    return s * (1 + u * (1 - s))
-
-
-def _swish_second(u: torch.Tensor, _: float) -> torch.Tensor:
-    s = u.sigmoid()
-    return s * (1 - s) * (2 + u * (1 - 2 * s))
-
-
-def _sigmoid_second(u: torch.Tensor, _: float) -> torch.Tensor:
-    s = u.sigmoid()
-    return s * (1 - s) * (1 - 2 * s)
-
-
-def _tanh_second(u: torch.Tensor, _: float) -> torch.Tensor:
-    t = u.tanh()
-    return -2 * t * (1 - t * t)
-
-
-_SCALED = _SELU_SCALE * _SELU_ALPHA
-_ACTIVATIONS = {  # in the order of cuda/common.cuh
-    # name: (default gain, default alpha, act(u), act'(u), act''(u))
-    "linear": _Activation(1, 0, lambda u, _: u, lambda u, _: torch.ones_like(u), None),
-    "relu": _Activation(math.sqrt(2), 0, lambda u, _: u.relu(), lambda u, _: (u > 0).to(u.dtype), None),
-    "lrelu": _Activation(
-        math.sqrt(2),
-        0.2,
-        lambda u, a: F.leaky_relu(u, a),
-        lambda u, a: torch.full_like(u, a).masked_fill(u > 0, 1),
-        None,
-    ),
-    "tanh": _Activation(1, 0, lambda u, _: u.tanh(), lambda u, _: 1 - u.tanh().square(), _tanh_second),
-    "sigmoid": _Activation(
-        1, 0, lambda u, _: u.sigmoid(), lambda u, _: u.sigmoid() * (1 - u.sigmoid()), _sigmoid_second
-    ),
-    "elu": _Activation(
-        1, 0, lambda u, _: F.elu(u), lambda u, _: _exponential(u, 1, 1), lambda u, _: _exponential(u, 0, 1)
-    ),
-    "selu": _Activation(
-        1,
-        0,
-        lambda u, _: F.selu(u),
-        lambda u, _: _exponential(u, _SELU_SCALE, _SCALED),
-        lambda u, _: _exponential(u, 0, _SCALED),
-    ),
-    "softplus": _Activation(
-        1, 0, lambda u, _: F.softplus(u), lambda u, _: u.sigmoid(), lambda u, _: u.sigmoid() * (1 - u.sigmoid())
-    ),
-    "swish": _Activation(math.sqrt(2), 0, lambda u, _: u * u.sigmoid(), _swish_first, _swish_second),
-}
-
-
-def activation_gain(act: str) -> float:
-    """Return the default gain of an activation: what keeps unit variance for the ReLU family, else 1."""
-    return _lookup(act).gain
-
-
-def activation_alpha(act: str) -> float:
-    """Return the default alpha of an activation: 0.2 for lrelu; the others have none, 0."""
-    return _lookup(act).alpha
 
 
 def bias_act(
@@ -114,32 +43,31 @@ def bias_act(
     """Return clamp(act(x + b) * gain), differentiable any number of times.
 
     Args:
-        x: any shape, any floating type; 4-D tensors may be contiguous or channels_last.
-        b: [x.shape[dim]], cast to x's type; None for no bias.
+        x: any shape, any floating type; 4-D tensors may be contiguous or channels_last. The op works in its type,
+            autocast or not.
+        b: [x.shape[dim]], None for no bias. Compiled kernels read it as float32 (float64 for float64) and round once,
+            at the end; without them it is rounded to x's type.
         dim: the dimension of x that b runs along.
         act: linear, relu, lrelu, tanh, sigmoid, elu, selu, softplus or swish.
         alpha: slope of lrelu for negative values, default 0.2; other activations ignore it.
-        gain: factor after the activation; default sqrt(2) for relu, lrelu and swish, else 1.
+        gain: factor after the activation; default sqrt(2) for relu, lrelu and swish, else 1. With 0, kernels of
+            straight activations give 0 for inf and NaN too, PyTorch's operations NaN.
         clamp: limit of the output's magnitude, applied last; None for none.
 
     Returns:
         A tensor of x's shape and type, in x's memory format.
     """
-    spec = _lookup(act)
+    spec = lookup(act)
     check_clamp("bias_act", clamp)
     check_floating("bias_act", x)
     check_device("bias_act", "b", b, x)
     if b is not None and (b.ndim != 1 or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias_act: b of shape {list(b.shape)}: expected [{x.shape[dim]}], x's size along dim {dim}")
-    return torch.ops.stylepipe.bias_act(
-        x,
-        b,
-        dim % x.ndim,
-        act,
-        float(spec.alpha if alpha is None else alpha),
-        float(spec.gain if gain is None else gain),
-        None if clamp is None else float(clamp),
-    )
+    dim, alpha = dim % x.ndim, float(spec.alpha if alpha is None else alpha)
+    gain, clamp = float(spec.gain if gain is None else gain), None if clamp is None else float(clamp)
+    if torch.compiler.is_compiling() and not (_fits(x, b, dim) and traits_for("epilogue", x, act)):
+        return _in_parts(x, b, dim, act, alpha, gain, clamp)
+    return torch.ops.stylepipe.bias_act(x, b, dim, act, alpha, gain, clamp)
 
 
 def check_clamp(op: str, clamp: float | None) -> None:
@@ -148,15 +76,13 @@ def check_clamp(op: str, clamp: float | None) -> None:
         raise ValueError(f"{op}: clamp {clamp}: expected a number >= 0, or None for no clamp")
 
 
-def _lookup(act: str) -> _Activation:
-    if act not in _ACTIVATIONS:
-        raise ValueError(f"bias_act: act {act!r}: expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[act]
-
-
-def keeps_sign(act: str, alpha: float, gain: float) -> bool:
-    """Tell whether the output's sign and magnitude suffice for the gradient (see the head of this file)."""
-    return gain > 0 and (act in ("linear", "relu") or (act == "lrelu" and alpha >= 0))
+def _in_parts(
+    x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str, alpha: float, gain: float, clamp: float | None
+) -> torch.Tensor:
+    """Compose it of what a compiler sees through, and so joins with what stands before and behind."""
+    with in_own_type(x):
+        y = ACTIVATIONS[act].value(x if b is None else x + _along(b, x, dim), alpha) * gain
+        return y if clamp is None else y.clamp(-clamp, clamp)
 
 
 def _along(b: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -177,10 +103,12 @@ def _nothing(like: torch.Tensor) -> torch.Tensor:
 
 def _kernels(x: torch.Tensor, b: torch.Tensor | None, dim: int, act: str) -> Library | None:
     """Return compiled kernels that take x and b, or None."""
-    rows = memory_format_of(x) == torch.channels_last
-    if x.numel() == 0 or (rows and b is not None and dim != 1):
-        return None
-    return compiled("epilogue", x, act)
+    return compiled("epilogue", x, act) if _fits(x, b, dim) else None
+
+
+def _fits(x: torch.Tensor, b: torch.Tensor | None, dim: int) -> bool:
+    """Tell whether kernels of any kind take x and b."""
+    return x.numel() > 0 and (b is None or dim == 1 or memory_format_of(x) != torch.channels_last)
 
 
 # --- forward ---
@@ -204,11 +132,12 @@ def _forward(
         x = x.contiguous(memory_format=memory_format_of(x))
         operands = Operands(bias=b, act=act, alpha=alpha, gain=gain, clamp=clamp)
         return run_forward(kernels, x, view_along(kernels, x, None if b is None else dim), operands)[0]
-    if keeps_sign(act, alpha, gain):
-        y = _forward_homogeneous(x, b, dim, act, alpha, gain)
-    else:
-        u = x if b is None else x + _along(b, x, dim)
-        y = _ACTIVATIONS[act].value(u, alpha) * gain
+    with in_own_type(x):
+        if keeps_sign(act, alpha, gain):
+            y = _forward_homogeneous(x, b, dim, act, alpha, gain)
+        else:
+            u = x if b is None else x + _along(b, x, dim)
+            y = ACTIVATIONS[act].value(u, alpha) * gain
     if clamp is not None:
         y.clamp_(-clamp, clamp)
     return y.contiguous(memory_format=memory_format_of(x))
@@ -251,7 +180,7 @@ def _forward_autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return dx, db if with_db else None, None, None, None, None, None
 
 
-torch.library.register_autograd("stylepipe::bias_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
+register_gradient("bias_act", _forward_setup, _forward_autograd)
 
 
 # --- gradient: dx = dy * gain * act'(x + b), zero where clamped, and db, its sum ---
@@ -278,7 +207,8 @@ def _backward(
         view, wanted = view_along(kernels, ref, None if b is None else dim), {"bias"} if with_db else set[str]()
         dx, sums = run_backward(kernels, dy, ref, view, operands, wanted, ref_is_output=by_sign)
         return dx, sums["bias"].sum(0).to(b.dtype) if with_db and b is not None else _nothing(dx)
-    dx = _backward_in_torch(dy, ref, b, dim, act, alpha, gain, clamp)
+    with in_own_type(ref):
+        dx = _backward_in_torch(dy, ref, b, dim, act, alpha, gain, clamp)
     return dx, _sum_to_bias(dx, b, dim) if with_db and b is not None else _nothing(dx)
 
 
@@ -294,7 +224,7 @@ def _backward_in_torch(
 ) -> torch.Tensor:
     if not keeps_sign(act, alpha, gain):
         u = ref if b is None else ref + _along(b, ref, dim)
-        return dy * _clamped_derivative(u, act, alpha, gain, clamp, _ACTIVATIONS[act].first)
+        return dy * _clamped_derivative(u, act, alpha, gain, clamp, ACTIVATIONS[act].first)
     if act == "lrelu":
         dx = torch.ops.aten.leaky_relu_backward(dy, ref, alpha, True)
     elif act == "relu":
@@ -320,7 +250,7 @@ def _clamped_derivative(
     slope = derivative(u, alpha) * gain
     if clamp is None:
         return slope
-    return slope * ((_ACTIVATIONS[act].value(u, alpha) * gain).abs() < clamp)
+    return slope * ((ACTIVATIONS[act].value(u, alpha) * gain).abs() < clamp)
 
 
 @torch.library.register_fake("stylepipe::bias_act_backward", lib=LIBRARY)
@@ -334,7 +264,7 @@ def _backward_fake(
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     dy, ref, b, *ctx.options = inputs
-    ctx.curved = _ACTIVATIONS[ctx.options[1]].second is not None
+    ctx.curved = ACTIVATIONS[ctx.options[1]].second is not None
     # A piecewise linear activation's gradient is linear in dy, which is then not needed again.
     ctx.save_for_backward(dy if ctx.curved else None, ref, b)
     ctx.set_materialize_grads(False)
@@ -350,13 +280,11 @@ def _backward_autograd(ctx: Any, ddx: torch.Tensor | None, ddb: torch.Tensor | N
         ddy = torch.ops.stylepipe.bias_act_backward(ddx, ref, b, dim, act, alpha, gain, clamp, False)[0]
     if ddx is not None and ctx.curved and any(ctx.needs_input_grad[1:3]):
         u = ref if b is None else ref + _along(b, ref, dim)
-        second = _ACTIVATIONS[act].second
+        second = ACTIVATIONS[act].second
         assert second is not None
         dref = dy * ddx * _clamped_derivative(u, act, alpha, gain, clamp, second)
         db = _sum_to_bias(dref, b, dim) if b is not None and ctx.needs_input_grad[2] else None
     return ddy, dref, db, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "stylepipe::bias_act_backward", _backward_autograd, setup_context=_backward_setup, lib=LIBRARY
-)
+register_gradient("bias_act_backward", _backward_setup, _backward_autograd)

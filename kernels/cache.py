@@ -92,15 +92,16 @@ def keep_entry(path: Path, payload: bytes, report: Report = warn) -> bool:
 
 
 @contextmanager
-def entry_lock(folder: Path, name: str, report: Report = warn) -> Iterator[None]:
-    """Hold the lock `name` of the folder, or go on without it where it cannot be had.
+def entry_lock(folder: Path, name: str, report: Report = warn, *, timeout_s: float | None = None) -> Iterator[None]:
+    """Hold the lock `name` of the folder, or go on without it where it cannot be had; waits for LOCK_TIMEOUT_S if not
+    told otherwise.
 
     The kernel of the operating system holds it for the process, so that it goes when the process dies, however it dies.
     """
     lock = FileLock(folder / _LOCKS / f"{name}.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock, name, report)
+        _acquire(lock, name, report, LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
     except (OSError, NotImplementedError) as error:  # a file system without locks gives either
         _report_unusable(folder, error, report)
     try:
@@ -126,8 +127,8 @@ def list_entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[!.]*") if path.is_file() and _ENTRY_NAME.fullmatch(path.name))
 
 
-def _acquire(lock: FileLock, name: str, report: Report) -> None:
-    """Acquire the lock and leave our process's number beside it, or give up after LOCK_TIMEOUT_S."""
+def _acquire(lock: FileLock, name: str, report: Report, timeout_s: float) -> None:
+    """Acquire the lock and leave our process's number beside it, or give up after that time."""
     path = Path(lock.lock_file)
     try:
         try:
@@ -138,12 +139,12 @@ def _acquire(lock: FileLock, name: str, report: Report) -> None:
                 _holder(path),
                 name,
                 path,
-                LOCK_TIMEOUT_S,
+                timeout_s,
             )
-            lock.acquire(timeout=LOCK_TIMEOUT_S - LOCK_QUIET_S)
+            lock.acquire(timeout=timeout_s - LOCK_QUIET_S)
     except Timeout:
         report(
-            f"{_holder(path)} has held the lock {path} for more than {LOCK_TIMEOUT_S:.0f} s; compiling {name} without "
+            f"{_holder(path)} has held the lock {path} for more than {timeout_s:.0f} s; compiling {name} without "
             "it. If that process hangs, end it"
         )
         return

@@ -8,8 +8,6 @@ import torch
 
 from stylepipe.kernels.upfirdn2d import Pair, expand_padding, expand_pair, upfirdn2d
 
-_SEPARABLE_TAPS = 8  # from here on, a 1-D filter is kept 1-D unless told otherwise
-
 
 def setup_filter(
     taps: torch.Tensor | Sequence[float] | Sequence[Sequence[float]] | float,
@@ -18,26 +16,30 @@ def setup_filter(
     gain: float = 1,
     separable: bool | None = None,
 ) -> torch.Tensor:
-    """Return a filter for upfirdn2d, float32: [n] if separable, else [fh, fw].
+    """Return a filter for upfirdn2d, float32: [n], which stands for its outer product with itself, or [fh, fw].
 
     Args:
         taps: a number, [n] taps of a separable filter, or [fh, fw].
         normalize: scale to a sum of 1 (unit gain at DC).
         flip_filter: reverse the taps.
         gain: factor of the filtered image (a separable filter takes its root, for it is applied twice).
-        separable: keep [n] taps as they are; None does so from 8 taps on, shorter ones become their outer product.
+        separable: True keeps [n] taps as they are, which kernels are fastest with; False gives their outer product,
+            [n, n]. None: True where there are [n].
+
+    Raises:
+        ValueError: taps of another shape, or a gain below 0 of a separable filter.
     """
     f = torch.as_tensor(taps, dtype=torch.float32)
     if f.ndim == 0:
         f = f[None]
     if f.ndim > 2 or f.numel() == 0:
         raise ValueError(f"setup_filter: taps of shape {list(f.shape)}: expected a number, [n] or [fh, fw], not empty")
-    if separable is None:
-        separable = f.ndim == 1 and f.numel() >= _SEPARABLE_TAPS
     if separable and f.ndim == 2:
         raise ValueError(f"setup_filter: separable=True needs [n] taps, found {list(f.shape)}")
-    if f.ndim == 1 and not separable:
+    if f.ndim == 1 and separable is False:
         f = torch.outer(f, f)
+    if f.ndim == 1 and gain < 0:
+        raise ValueError(f"setup_filter: gain {gain}: expected 0 or more, or separable=False: a root is taken of it")
     if normalize:
         f = f / f.sum()
     if flip_filter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from stylepipe.kernels import build
 from stylepipe.kernels.build import BuildError, Unit, device_flags, run_compiler, target_for
 from stylepipe.kernels.cache import write_entry
 
@@ -93,7 +95,7 @@ def build_all(nvcc: Nvcc, missing: Sequence[tuple[Unit, str, Path]], done: Calla
         done: called after each.
 
     Raises:
-        BuildError: a unit did not compile; all others did.
+        BuildError: a unit did not compile; all others did. Or nothing was compiled for build.COMPILE_TIMEOUT_S.
         OSError: the cache cannot be written.
     """
     entries = {path.name: (target, path) for _, target, path in missing}
@@ -118,16 +120,33 @@ def _ninja(folder: str) -> Iterator[str]:
 
     command = [f"{BIN_DIR}/ninja", "-C", folder, "-k", "0"]
     environment = {**os.environ, "NINJA_STATUS": "", "TERM": "dumb"}
-    log = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-    ) as ninja:
+    log: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as ninja:
         assert ninja.stdout is not None
-        for line in ninja.stdout:
-            log.append(line)
-            yield line.strip()
+        try:
+            for line in _lines(ninja.stdout.fileno(), build.COMPILE_TIMEOUT_S):
+                log.append(line)
+                yield line.strip()
+        except TimeoutError as error:
+            ninja.terminate()  # it ends what it has started
+            message = f"nvcc has compiled nothing for {build.COMPILE_TIMEOUT_S:.0f} s"
+            raise BuildError(message, command, "".join(log)) from error
     if ninja.returncode != 0:
         raise BuildError("nvcc failed to compile some units", command, "".join(log))
+
+
+def _lines(file: int, quiet_s: float) -> Iterator[str]:
+    """Yield the lines of a pipe until it is closed; raise TimeoutError where nothing comes for so long."""
+    rest = b""
+    while True:
+        if not select.select([file], [], [], quiet_s)[0]:
+            raise TimeoutError
+        if not (chunk := os.read(file, 2**16)):
+            break
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (f"{line.decode(errors='replace')}\n" for line in lines)
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _image(output: Path, target: str) -> bytes:

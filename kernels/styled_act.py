@@ -25,8 +25,10 @@ from stylepipe.kernels._library import (
     check_floating,
     compiled,
     memory_format_of,
+    register_gradient,
+    traits_for,
 )
-from stylepipe.kernels._operands import Operands
+from stylepipe.kernels._operands import Operands, real_of
 from stylepipe.kernels._styled_composed import (
     StyledOptions,
     StyledTensors,
@@ -97,7 +99,7 @@ def styled_act_rgb(
     """Return y as styled_act does, and rgb beside it, the sum over channels of v * rgb_weight.
 
     Args:
-        rgb_weight: [N, K, C]; with K = 3 colours the sum joins the pass.
+        rgb_weight: [N, K, C], read as float32 (float64 for float64); with K = 3 colours the sum joins the pass.
         x, scale, noise, noise_strength, bias, act, gain, clamp, next_scale, f, padding, filter_gain: as there.
 
     Returns:
@@ -112,13 +114,15 @@ def styled_act_rgb(
 def _run(of: StyledTensors, options: StyledOptions) -> tuple[Tensor, Tensor | None]:
     """Run the op on what kernels join, and other ops on the rest; rgb is None without a weight."""
     _check(of, options)
-    kernels = None if torch.compiler.is_compiling() else compiled("epilogue", of.x, options.act)
-    if kernels is None:  # a compiler joins the parts itself
+    if of.rgb_weight is not None:  # whose type is that of rgb, whatever runs
+        of = of._replace(rgb_weight=of.rgb_weight.to(real_of(of.x.dtype)))
+    traits = traits_for("epilogue", of.x, options.act)
+    if traits is None:
         return composed(of, options)
     straight = options.act in STRAIGHT
     if of.f is not None and not (straight and of.rgb_weight is None and _filters(of.x, of.f, options)):
         of = of._replace(x=filtered(of, options), f=None)
-    if of.rgb_weight is not None and not (straight and makes_rgb(kernels, of.x, of.rgb_weight)):
+    if of.rgb_weight is not None and not (straight and makes_rgb(traits, of.x, of.rgb_weight)):
         v, _ = torch.ops.stylepipe.styled_act(*of._replace(next_scale=None, rgb_weight=None), *options)
         return modulated(v, of.next_scale), per_pixel_dot(v, of.rgb_weight)
     y, rgb = torch.ops.stylepipe.styled_act(*of, *options)
@@ -133,6 +137,7 @@ def _check(of: StyledTensors, options: StyledOptions) -> None:
     if (of.noise is None) != (of.noise_strength is None):
         raise ValueError("styled_act: noise and noise_strength go together; give both or neither")
     check_clamp("styled_act", options.clamp)
+    check_device("styled_act", "f", of.f, of.x)
     n, c, h, w = of.x.shape
     if of.f is not None:
         grown = 2 * options.padding + 1
@@ -220,7 +225,7 @@ def _forward_autograd(ctx: Any, dy: Tensor | None, drgb: Tensor | None) -> tuple
     return *asked, *[None] * (1 + len(ctx.options))
 
 
-torch.library.register_autograd("stylepipe::styled_act", _forward_autograd, setup_context=_forward_setup, lib=LIBRARY)
+register_gradient("styled_act", _forward_setup, _forward_autograd)
 
 
 @torch.library.impl(LIBRARY, "styled_act_backward", ANY_DEVICE)
@@ -310,9 +315,7 @@ def _backward_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return tuple(gradients.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
-torch.library.register_autograd(
-    "stylepipe::styled_act_backward", _backward_autograd, setup_context=_backward_setup, lib=LIBRARY
-)
+register_gradient("styled_act_backward", _backward_setup, _backward_autograd)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[StyledTensors, StyledOptions]:
@@ -338,8 +341,8 @@ def _geometry(of: StyledTensors, options: StyledOptions) -> Geometry:
 
 def _filters(x: Tensor, f: Tensor, options: StyledOptions) -> bool:
     """Tell whether a fused kernel filters x."""
-    kernels = compiled("fused_fir", x)
-    return kernels is not None and fits_fused(kernels, x, f) and min(x.shape[2:]) + 2 * options.padding >= f.numel()
+    traits = traits_for("fused_fir", x)
+    return traits is not None and fits_fused(traits, x, f) and min(x.shape[2:]) + 2 * options.padding >= f.numel()
 
 
 def _fused(x: Tensor) -> Library:

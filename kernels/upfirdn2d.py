@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe.kernels._fir import Geometry, run_upfirdn2d
-from stylepipe.kernels._library import ANY_DEVICE, LIBRARY, check_floating, compiled, in_own_type, memory_format_of
+from stylepipe.kernels._library import (
+    ANY_DEVICE,
+    LIBRARY,
+    check_device,
+    check_floating,
+    compiled,
+    in_own_type,
+    memory_format_of,
+    register_gradient,
+)
 
 Pair = int | Sequence[int]
 
@@ -31,8 +40,10 @@ def upfirdn2d(
     """Return x upsampled by `up`, padded, filtered with `f` and downsampled by `down`.
 
     Args:
-        x: [N, C, H, W], float16, bfloat16, float32 or float64; contiguous or channels_last.
-        f: [fh, fw], or [n] for the separable filter outer(f, f); cast to x's type. A constant: it gets no gradient.
+        x: [N, C, H, W], float16, bfloat16, float32 or float64; contiguous or channels_last. The op works in its type,
+            autocast or not.
+        f: [fh, fw], or [n] for the separable filter outer(f, f). A constant: it gets no gradient. Compiled kernels read
+            it as float32 (float64 for float64) and round once, at the end; without them it is rounded to x's type.
         up, down: one factor, or (x, y).
         padding: zeros around the zero-inserted x: one number, (x, y) or (x0, x1, y0, y1); negative numbers crop.
         flip_filter: False convolves (as in signal processing), True correlates.
@@ -42,7 +53,7 @@ def upfirdn2d(
         [N, C, (H * up + y0 + y1 - fh) // down + 1, likewise the width], of x's type and in x's memory format.
 
     Raises:
-        ValueError: an argument has the wrong number of entries or type, or the output would be empty.
+        ValueError: an argument has the wrong number of entries, type or device, or the output would be empty.
     """
     x0, x1, y0, y1 = expand_padding(padding)
     upx, upy = expand_pair(up, "up")
@@ -50,6 +61,7 @@ def upfirdn2d(
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: x of shape {list(x.shape)}: expected [N, C, H, W]")
     check_floating("upfirdn2d", x)
+    check_device("upfirdn2d", "f", f, x)
     if f.ndim not in (1, 2) or f.numel() == 0:
         raise ValueError(f"upfirdn2d: filter of shape {list(f.shape)}: expected [taps] or [fh, fw], not empty")
     return torch.ops.stylepipe.upfirdn2d(x, f, [upx, upy], [downx, downy], [x0, x1, y0, y1], flip_filter, float(gain))
@@ -212,4 +224,4 @@ def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
     return dx, None, None, None, None, None, None
 
 
-torch.library.register_autograd("stylepipe::upfirdn2d", _autograd, setup_context=_setup, lib=LIBRARY)
+register_gradient("upfirdn2d", _setup, _autograd)

@@ -8,6 +8,11 @@
 
 namespace {
 
+// Elements that one thread is done with before a second would be woken, as torch's own operations have it.
+constexpr int64 FEW_ELEMENTS = 32768;
+
+template <typename P> bool shared_out(const P& p) { return p.images * p.pixels * p.channels > FEW_ELEMENTS; }
+
 struct Block {
     int64 image, first, last;
 
@@ -65,7 +70,7 @@ template <bool WITH_RGB> void forward(const EpilogueParams& p, const ImageOperan
 }
 
 template <bool WITH_RGB> void run_forward(const unsigned grid[3], const EpilogueParams& p) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (shared_out(p))
     for (int64 number = 0; number < int64(grid[0]); number++) {
         const Block at(p, number);
         const ImageOperands of(p.operands, at.image, p.channels);
@@ -129,7 +134,7 @@ void backward_by_output(const EpilogueBackwardParams& p, Real* dbias, int64 imag
 
 template <bool WITH_RGB> void run_backward(const unsigned grid[3], const EpilogueBackwardParams& p) {
     const int channels = p.channels;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (shared_out(p))
     for (int64 number = 0; number < int64(grid[0]); number++) {
         const Block at(p, number);
         const ImageOperands of(p.operands, at.image, channels);

@@ -239,8 +239,7 @@ DEVICE void write_row_sum(Real* to, Real value, Real* scratch, bool active) {
         if (threadIdx.x < half) row[threadIdx.x] += row[threadIdx.x + half];
         __syncthreads();
     }
-    if (active && threadIdx.x == 0) *to = row[0];
-    __syncthreads();
+    if (active && threadIdx.x == 0) *to = row[0];  // which no other thread touches, so the next sum may follow at once
 }
 
 template <bool CURVED, int V> DEVICE void epilogue_backward_planes(const EpilogueBackwardParams& p) {

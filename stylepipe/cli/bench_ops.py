@@ -28,8 +28,9 @@ class Ops:
     """Time each op, forward and with its gradients, at levels of StyleGAN2.
 
     Prints for each the milliseconds; the bytes that it has to move at the least, over this time, in percent of what a
-    large copy reaches in the same run; and how many times as long others take: the op by PyTorch's own operations
-    (eager), the form that people write (plain), and torch.compile of that (compile). The last line sums up.
+    large copy reaches in the same run; the microseconds that the host spends around its kernels, if it has any; and how
+    many times as long others take: the op by PyTorch's own operations (eager), the form that people write (plain), and
+    torch.compile of that (compile). The last line sums up.
     """
 
     res: tuple[int, ...] = (32, 256, 1024)
@@ -60,6 +61,7 @@ class Row:
     level: Level
     name: str  # of the pass
     moved: int
+    host: float | None
     seconds: dict[str, float]
 
     def ratio(self, other: str) -> float:
@@ -82,7 +84,7 @@ def bench_ops(options: Ops) -> dict[str, Any]:
     for source, explanation in implementations.items():
         print(f"{source:<10} {explanation}")
     rows, copied = _measure(options, levels)
-    print(f"\n{'op':<18} {'activations':<18} {'pass':<16} {'ms':>9} {'of copy':>8}", end="")
+    print(f"\n{'op':<18} {'activations':<18} {'pass':<16} {'ms':>9} {'of copy':>8} {'host us':>8}", end="")
     others = [EAGER, PLAIN, *([COMPILED] if any(COMPILED in row.seconds for row in rows) else [])]
     print("".join(f" {other:>8}" for other in others))
     for row in rows:
@@ -144,15 +146,15 @@ def _measure(options: Ops, levels: list[Level]) -> tuple[list[Row], float]:
 def _rows(case: Case, level: Level, timing: Timing) -> Iterator[Row]:
     least = case.least(level)
     for name, moved in zip(PASSES, (least.forward, least.forward + least.backward), strict=True):
-        yield Row(case, level, name, moved, timing.seconds[name])
+        yield Row(case, level, name, moved, timing.host[name], timing.seconds[name])
 
 
 def _line(row: Row, copied: float, others: list[str]) -> str:
     level = row.level
     shape = f"{level.batch_size} x {level.channels} x {level.res}^2"
     ratios = "".join(f" {row.ratio(other):7.2f}x" for other in others)
-    ms = row.seconds[OURS] * 1000
-    return f"{row.case.name:<18} {shape:<18} {row.name:<16} {ms:9.3f} {row.share(copied):8.0%}{ratios}"
+    ms, host = row.seconds[OURS] * 1000, "-" if row.host is None else f"{row.host * 1e6:.0f}"
+    return f"{row.case.name:<18} {shape:<18} {row.name:<16} {ms:9.3f} {row.share(copied):8.0%} {host:>8}{ratios}"
 
 
 def _summary(rows: list[Row], copied: float, others: list[str], level: Level) -> str:
@@ -175,4 +177,5 @@ def _figures(row: Row, copied: float) -> dict[str, Any]:
         "bytes": row.moved,
         "seconds": row.seconds,
         "share_of_copy": row.share(copied),
+        "host_seconds": row.host,
     }

@@ -12,13 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stylepipe.cli.bench_cases import Case, Level, Operands, differentiable
-from stylepipe.kernels import native
+from stylepipe.kernels import build, native
 
 OURS, EAGER, PLAIN, COMPILED, COPY = "stylepipe", "eager", "plain", "compile", "copy"
 PASSES = ("forward", "forward+backward")
@@ -26,6 +26,7 @@ PASSES = ("forward", "forward+backward")
 _COPY_BYTES = {"cuda": 2**29, "cpu": 2**27}
 _CACHES_FILLED = 2  # by the sets together
 _MOST_SETS = 16
+_HOST_ROUNDS = 100
 _WARM_UP_ROUNDS = 3  # a CPU's heap still grows in the first
 _SLEEP_CYCLES_PER_S = 2e9  # about a GPU's clock
 
@@ -37,11 +38,13 @@ class Timing(NamedTuple):
 
     Attributes:
         seconds: by pass, then by what was run: OURS, EAGER, PLAIN and, where it was asked for and works, COMPILED.
+        host: by pass, what the host spends on OURS around its kernels; None where it has none.
         copied: bytes per second, read and written, of a large copy that took its turns beside.
         complaint: why there is nothing of COMPILED, or "".
     """
 
     seconds: dict[str, dict[str, float]]
+    host: dict[str, float | None]
     copied: float
     complaint: str
 
@@ -72,15 +75,16 @@ def time_case(
             complaint = str(error).strip().splitlines()[0]
             del functions[COMPILED]
     copy = _Copy(level.device)
-    seconds = {}
+    seconds, host = {}, {}
     for name, run in zip(PASSES, (Set.forward, Set.forward_and_backward), strict=True):
         calls: dict[str, list[Call]] = {
             what: [partial(run, one, function) for one in sets] for what, function in functions.items()
         }
         calls[EAGER] = [partial(_without_kernels, call) for call in calls[EAGER]]
+        host[name] = host_seconds(calls[OURS], level.dtype, level.device)
         seconds[name] = time_in_turns(calls | {COPY: [copy.run]}, repeats, level.device, done)
     took = statistics.median(medians.pop(COPY) for medians in seconds.values())
-    return Timing(seconds, copy.moved / took, complaint)
+    return Timing(seconds, host, copy.moved / took, complaint)
 
 
 def time_in_turns(
@@ -102,6 +106,22 @@ def time_in_turns(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
+def host_seconds(calls: Sequence[Call], dtype: torch.dtype, device: torch.device) -> float | None:
+    """Return the median seconds of a call whose kernels are not launched; None if it would have launched none."""
+    libraries: dict[str, _Idle | None] = {}
+    for source in build.CUDA_SOURCES.glob("*.cu"):
+        library = native.library(source.stem, dtype, device)
+        libraries[source.stem] = None if library is None else _Idle(library)
+    seconds = []
+    with native.use(lambda source, *_: libraries[source]):
+        for _ in range(_HOST_ROUNDS):
+            begin = time.perf_counter()
+            calls[0]()
+            seconds.append(time.perf_counter() - begin)
+    launches = sum(library.launches for library in libraries.values() if library is not None)
+    return statistics.median(seconds) if launches else None
+
+
 class Set(NamedTuple):
     """Operands of one call, and the gradients by its outputs."""
 
@@ -115,6 +135,16 @@ class Set(NamedTuple):
     def forward_and_backward(self, function: Callable[..., tuple[Tensor, ...]]) -> object:
         """Run both and return the gradients by all that get one."""
         return torch.autograd.grad(function(**self.operands), differentiable(self.operands), self.gradients)
+
+
+class _Idle:
+    """Kernels that are not launched."""
+
+    def __init__(self, library: native.Library) -> None:
+        self.vector_bytes, self.threads, self.launches = library.vector_bytes, library.threads, 0
+
+    def launch(self, *_: Any) -> None:
+        self.launches += 1
 
 
 class _Copy:

@@ -203,8 +203,12 @@ def kernel_cache() -> Finding:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"stylepipe")
     except OSError as error:
-        text = f"{folder} cannot be written ({error.strerror or error}): every process compiles kernels anew"
-        return Finding("kernel cache", "problem", text, f"name a folder that can be written in {FOLDER_VARIABLE}")
+        text, remedy = f"{folder} cannot be written ({error.strerror or error})", "name a folder that can be written in"
+        if count := sum(os.access(path, os.R_OK) for path in list_entries(folder)):
+            text = f"{text}: what it holds serves ({count} compiled), every process compiles the rest anew"
+            return Finding("kernel cache", "note", text, f"where some are missing, {remedy} {FOLDER_VARIABLE}")
+        text = f"{text}: every process compiles kernels anew"
+        return Finding("kernel cache", "problem", text, f"{remedy} {FOLDER_VARIABLE}")
     entries = list_entries(folder)
     megabytes = sum(path.stat().st_size for path in entries) / 1e6
     return Finding("kernel cache", "ok", f"{folder}: {len(entries)} compiled, {megabytes:.1f} MB")

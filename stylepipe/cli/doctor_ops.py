@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,17 +98,22 @@ def device_of(gpus: int) -> torch.device:
 
 
 def choices(device: torch.device) -> Finding:
-    """Tell which implementation the ops have on a device, and why."""
+    """Tell which implementation the ops have on a device, in each type that training uses, and why."""
     users: dict[str, list[str]] = {}
+    types = types_of(device)
     try:
-        for test in SELF_TESTS:
-            native.library(test.source, torch.float32, device)  # is remembered, so that nothing is built twice
-            users.setdefault(native.explain(test.source, torch.float32, device), []).append(test.name)
         chosen = native.mode()
+        for test, dtype in itertools.product(SELF_TESTS, types):
+            native.library(test.source, dtype, device)  # is remembered, so that nothing is built twice
+            name = test.name if len(types) == 1 else f"{test.name} ({_name(dtype)})"
+            users.setdefault(native.explain(test.source, dtype, device), []).append(name)
     except UserError as error:  # STYLEPIPE_KERNELS is no known word, or asks for what cannot be had
         return Finding("kernels", "problem", str(error))
+    if chosen == "cuda" and device.type != "cuda":
+        text = f"{native.VARIABLE}=cuda, and there is no GPU to train on: training stops at its start"
+        return Finding("kernels", "problem", text, f"unset {native.VARIABLE} to train on the CPU")
     text = next(iter(users)) if len(users) == 1 else "; ".join(f"{', '.join(ops)} {why}" for why, ops in users.items())
-    missed = any(_is_missed(test.source, device) for test in SELF_TESTS)
+    missed = any(_is_missed(test.source, dtype, device) for test, dtype in itertools.product(SELF_TESTS, types))
     if missed and device.type == "cuda" and chosen == "auto":
         return Finding("kernels", "problem", text)  # which ends with the remedy
     return Finding("kernels", "note" if missed else "ok", text)
@@ -116,15 +122,15 @@ def choices(device: torch.device) -> Finding:
 def op(test: SelfTest, device: torch.device) -> Finding:
     """Tell how far the results of an op are off on a device."""
     try:
-        compiled = native.library(test.source, torch.float32, device) is not None
-        errors = {dtype: worst_error(test, dtype, device) for dtype in types_of(device, compiled)}
+        compiled = [dtype for dtype in types_of(device) if native.library(test.source, dtype, device) is not None]
+        errors = {dtype: worst_error(test, dtype, device) for dtype in dict.fromkeys((torch.float32, *compiled))}
     except UserError:
         return Finding(test.name, "problem", "cannot run, see kernels")
     except Exception as error:
         remedy = f"{native.VARIABLE}=torch trains without compiled kernels"
         return Finding(test.name, "problem", f"fails ({describe(error)})", remedy)
     shown = ", ".join(_shown(dtype, error) for dtype, error in errors.items())
-    text = f"{'compiled' if compiled else 'PyTorch'}, off by {shown}"
+    text = f"{_implementations(compiled, types_of(device))}, off by {shown}"
     if all(error <= TOLERANCES[dtype] for dtype, error in errors.items()):
         return Finding(test.name, "ok", text)
     remedy = "report it with the output of stylepipe doctor --json"
@@ -133,9 +139,9 @@ def op(test: SelfTest, device: torch.device) -> Finding:
     return Finding(test.name, "problem", text, remedy)
 
 
-def types_of(device: torch.device, compiled: bool) -> list[torch.dtype]:
-    """Return the types that training uses on a device; half precision where kernels of our own compute in it."""
-    if device.type != "cuda" or not compiled:
+def types_of(device: torch.device) -> list[torch.dtype]:
+    """Return the types that training uses on a device."""
+    if device.type != "cuda":
         return [torch.float32]
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return [torch.float32, torch.bfloat16 if has_bfloat16 else torch.float16]
@@ -203,12 +209,23 @@ def _full_float32(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _is_missed(source: str, device: torch.device) -> bool:
+def _is_missed(source: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Tell whether compiled kernels are meant for the device and not used."""
     meant = device.type == "cuda" or (build.CPU_SOURCES / f"{source}.cpp").is_file()
-    return meant and native.library(source, torch.float32, device) is None
+    return meant and native.library(source, dtype, device) is None
+
+
+def _implementations(compiled: list[torch.dtype], types: list[torch.dtype]) -> str:
+    """Say what computes, such as `compiled in float32, PyTorch in bfloat16`."""
+    if len(compiled) in (0, len(types)):
+        return "compiled" if compiled else "PyTorch"
+    return ", ".join(f"{'compiled' if dtype in compiled else 'PyTorch'} in {_name(dtype)}" for dtype in types)
 
 
 def _shown(dtype: torch.dtype, error: float) -> str:
     """Write as `2e-07 (float32, limit 1e-05)`."""
-    return f"{f'{error:.0e}' if error else 0} ({str(dtype).removeprefix('torch.')}, limit {TOLERANCES[dtype]:.0e})"
+    return f"{f'{error:.0e}' if error else 0} ({_name(dtype)}, limit {TOLERANCES[dtype]:.0e})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

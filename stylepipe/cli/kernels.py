@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from stylepipe.errors import UserError
 from stylepipe.kernels import build, nvcc, nvrtc
-from stylepipe.kernels.cache import FOLDER_VARIABLE, cache_folder, list_entries, remove_entries
+from stylepipe.kernels.cache import FOLDER_VARIABLE, cache_folder, entry_lock, list_entries, remove_entries
 from stylepipe.kernels.native import capability_of
 
 DEFAULT_ARCHS = (80, 90, 100, 120)
+LOCK_TIMEOUT_S = 1800.0
+"""How long a build waits for another one; all files of four architectures take a minute on two cores."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,14 @@ def build_kernels(options: Build, sources: Path = build.CUDA_SOURCES) -> None:
         compiler = _compiler(options.compiler)
         targets = _targets(options.arch, compiler)
         jobs = [(unit, target) for target in targets for unit in build.units(sources)]
-        missing = build.missing_entries(jobs, compiler)
-        with tqdm(total=len(missing), unit="file", disable=not sys.stderr.isatty()) as bar:
-            if isinstance(compiler, nvcc.Nvcc):
-                nvcc.build_all(compiler, missing, bar.update)
-            else:
-                nvrtc.build_all(compiler, missing, bar.update)
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with entry_lock(cache_folder(), "all-kernels", _tell, timeout_s=LOCK_TIMEOUT_S):
+            missing = build.missing_entries(jobs, compiler)  # what another build has made meanwhile is none of them
+            with tqdm(total=len(missing), unit="file", disable=not sys.stderr.isatty()) as bar:
+                if isinstance(compiler, nvcc.Nvcc):
+                    nvcc.build_all(compiler, missing, bar.update)
+                else:
+                    nvrtc.build_all(compiler, missing, bar.update)
     except build.BuildError as error:
         if error.log:
             print(error.log, file=sys.stderr)
@@ -97,6 +101,10 @@ def list_kernels(folder: Path) -> None:
     for path, size in zip(entries, sizes, strict=True):
         print(f"{size / 1e3:8.1f} kB  {path.name}")
     print(f"{_files(len(entries))} ({sum(sizes) / 1e6:.1f} MB) in {folder}")
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def _compiler(name: str | None) -> nvcc.Nvcc | nvrtc.Nvrtc:

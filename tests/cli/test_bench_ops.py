@@ -83,7 +83,8 @@ def test_the_table_and_the_file_tell_the_same(tmp_path, capsys) -> None:
         assert line.startswith(row["op"])
         ours = row["seconds"][OURS]
         found = [float(number) for number in re.findall(r"([0-9.]+)[x%]? ", line.split(row["pass"])[1] + " ")]
-        expected = [1000 * ours, 100 * row["share_of_copy"], row["seconds"][EAGER] / ours, row["seconds"][PLAIN] / ours]
+        host = [] if row["host_seconds"] is None else [1e6 * row["host_seconds"]]
+        expected = [1000 * ours, 100 * row["share_of_copy"], *host, *(row["seconds"][k] / ours for k in (EAGER, PLAIN))]
         assert found == pytest.approx(expected, abs=0.51)
         assert row["share_of_copy"] == pytest.approx(row["bytes"] / ours / figures["copy_bytes_per_s"])
     assert lines[-1].startswith("float32 channels_last, copy ")
@@ -123,10 +124,28 @@ def test_only_the_eager_form_goes_without_kernels(monkeypatch: pytest.MonkeyPatc
         return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(bench_timing, "time_in_turns", one_call_each)
+    monkeypatch.setattr(bench_timing, "host_seconds", lambda *_: None)
     case = dataclasses.replace(CASES[0], op=op)
     with native.use(lambda *_: kernels):
         bench_timing.time_case(case, Level(1, 8, 16, torch.float32, torch.channels_last, CPU), 1)
     assert found == [kernels, None] * len(PASSES)
+
+
+def test_the_host_is_timed_without_launches() -> None:
+    class Kernels:
+        vector_bytes, threads = 16, 256
+
+        def launch(self, *_: Any) -> None:
+            raise AssertionError
+
+    level = Level(1, 8, 16, torch.float32, torch.channels_last, CPU)
+    operands = CASES[0].operands(level)
+    with native.use(lambda *_: Kernels()):  # type: ignore[arg-type,return-value]
+        found = bench_timing.host_seconds([lambda: CASES[0].op(**operands)], torch.float32, CPU)
+    assert found is not None
+    assert 0 < found < 1
+    with native.use(lambda *_: None):
+        assert bench_timing.host_seconds([lambda: CASES[0].op(**operands)], torch.float32, CPU) is None
 
 
 def test_medians_are_per_call_and_rounds_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

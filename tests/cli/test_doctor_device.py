@@ -263,6 +263,23 @@ def test_the_kernel_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert FOLDER_VARIABLE in finding.remedy
 
 
+@pytest.mark.usefixtures("bound_by_permissions")
+def test_a_read_only_kernel_cache_serves_with_what_it_holds(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    write_entry(folder / "epilogue-float32-sm_90-0123456789abcdef.nvrtc-13.0.cubin", b"0")
+    folder.chmod(0o555)
+    finding = doctor_device.kernel_cache()
+    assert finding.state == "note"
+    assert "cannot be written (Permission denied): what it holds serves (1 compiled)" in finding.text
+    folder.chmod(0o755)
+    for entry in folder.iterdir():
+        entry.unlink()
+    folder.chmod(0o555)
+    finding = doctor_device.kernel_cache()
+    assert finding.state == "problem"
+    assert "every process compiles kernels anew" in finding.text
+
+
 # --- ops ---
 
 
@@ -292,6 +309,7 @@ def test_the_ops_of_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_pytorch_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STYLEPIPE_KERNELS", "torch")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: True)
     assert doctor_ops.choices(CPU) == Finding("kernels", "note", "PyTorch: STYLEPIPE_KERNELS=torch")
     assert doctor_ops.choices(GPU) == Finding("kernels", "note", "PyTorch: STYLEPIPE_KERNELS=torch")
 
@@ -307,6 +325,7 @@ def test_a_word_that_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def gpu_without_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: True)
     monkeypatch.setattr(torch.version, "hip", None)
     for name in ("find_nvrtc", "find_nvcc"):
         find = cache(raising(BuildError(f"no {name[5:]} found")))
@@ -374,11 +393,34 @@ def test_an_op_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor_ops.types_of(CPU, compiled=True) == [torch.float32]
-    assert doctor_ops.types_of(GPU, compiled=False) == [torch.float32]
+    assert doctor_ops.types_of(CPU) == [torch.float32]
     for has_bfloat16, half in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, has=has_bfloat16: has)
-        assert doctor_ops.types_of(GPU, compiled=True) == [torch.float32, half]
+        assert doctor_ops.types_of(GPU) == [torch.float32, half]
+
+
+def test_each_type_is_looked_at_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_ops, "types_of", lambda device: [torch.float32, torch.bfloat16])
+    monkeypatch.setattr(doctor_ops, "worst_error", lambda test, dtype, device: 0.0)
+    test = BY_NAME["bias_act"]
+    for have, told in (
+        ({torch.bfloat16}, "PyTorch in float32, compiled in bfloat16, off by 0 (float32, limit 1e-05), 0 (bfloat16,"),
+        ({torch.float32}, "compiled in float32, PyTorch in bfloat16, off by 0 (float32, limit 1e-05)"),
+        ({torch.float32, torch.bfloat16}, "compiled, off by 0 (float32, limit 1e-05), 0 (bfloat16,"),
+    ):
+        chosen = lambda source, dtype, device, have=have: SimpleNamespace() if dtype in have else None  # noqa: E731
+        monkeypatch.setattr(native, "library", chosen)
+        assert doctor_ops.op(test, CPU).text.startswith(told)
+        monkeypatch.setattr(native, "explain", lambda *of: f"{'compiled' if chosen(*of) else 'PyTorch'}: as told")  # noqa: B023
+        assert ("PyTorch: as told" in doctor_ops.choices(CPU).text) == (len(have) == 1)
+
+
+def test_cuda_kernels_without_a_gpu_stop_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEPIPE_KERNELS", "cuda")
+    finding = doctor_ops.choices(CPU)
+    assert finding.state == "problem"
+    assert "STYLEPIPE_KERNELS=cuda, and there is no GPU to train on" in finding.text
+    assert finding.remedy == "unset STYLEPIPE_KERNELS to train on the CPU"
 
 
 def test_on_a_gpu_float32_is_not_rounded_to_tf32_meanwhile() -> None:

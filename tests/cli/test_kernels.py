@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,43 @@ def test_build_compiles_what_is_missing(folder, sources, compiler, capsys) -> No
     assert main(["kernels", "clean"]) == 0
     assert re.fullmatch(rf"removed 12 files \([0-9.]+ MB\) from {folder}\n", capsys.readouterr().out)
     assert cache.list_entries(folder) == []
+
+
+BUILD_THRICE = """
+import multiprocessing, sys
+from pathlib import Path
+from stylepipe.cli import kernels
+
+context = multiprocessing.get_context("fork")  # three imports of torch would take longer than the test
+of = (kernels.Build(arch="90", compiler=sys.argv[2]), Path(sys.argv[1]))
+processes = [context.Process(target=kernels.build_kernels, args=of) for _ in range(3)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+"""
+
+
+@pytest.mark.slow
+def test_three_builds_at_once_compile_everything_once(folder, sources, compiler) -> None:
+    command = [sys.executable, "-c", BUILD_THRICE, str(sources), compiler]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    counts = sorted(int(count) for count in re.findall(r"(\d+) files? compiled by", said))
+    assert counts == [0, 0, 8]  # machine code and PTX of four types
+
+
+def test_a_build_says_whom_it_waits_for(folder, sources, compiler, monkeypatch, caplog, capsys) -> None:
+    monkeypatch.setattr(cache, "LOCK_QUIET_S", 0.1)
+    monkeypatch.setattr(kernels, "LOCK_TIMEOUT_S", 0.2)
+    lock = folder / "locks" / "all-kernels.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        kernels.build_kernels(kernels.Build(arch="90"), sources)
+    assert "waiting for another process, which compiles all-kernels" in caplog.text
+    said = capsys.readouterr()
+    assert said.err.startswith(f"another process has held the lock {lock} for more than 0 s")
+    assert said.out.startswith("8 files compiled")
 
 
 def test_without_a_gpu_the_usual_architectures_are_compiled_for(compiler, monkeypatch) -> None:

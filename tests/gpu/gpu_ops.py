@@ -16,6 +16,16 @@ TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("rows", "planes", "unaligned rows")
 SHAPES = ((2, 16, 17, 19), (3, 5, 7, 9), (2, 8, 33, 64), (1, 264, 5, 6), (2, 512, 4, 4))
 SMALL = (2, 32, 9, 11)
+SMALL_CASES = (
+    (SMALL, torch.bfloat16, "rows"),
+    (SMALL, torch.float32, "rows"),
+    (SMALL, torch.float32, "planes"),
+    (SMALL, torch.float32, "unaligned rows"),
+    ((2, 3, 8, 12), torch.float32, "planes"),  # of whole vectors
+)
+"""Under these every kernel runs, for the sanitizers, whose work takes long; tests/kernels sees that none is missing."""
+LARGE = (2, 128, 256, 257)
+"""A level of configuration F at 256 px, where a thread goes several rounds and strips are long."""
 FIR = setup_filter([1, 3, 3, 1], separable=True)
 LONG = setup_filter(range(1, 13), separable=True)
 SKEWED = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 0.5]])
@@ -64,6 +74,10 @@ OPS = (
     Op("upfirdn2d any", upfirdn2d, (), {"f": SKEWED, "up": (3, 2), "down": (2, 1), "padding": (-1, 2, 3, 1)}),
 )
 """Every kernel runs under one of them, in one of the layouts."""
+
+OPS_WITH_SUMS = tuple(
+    op for op in OPS if op.name in ("bias_act lrelu", "styled_act", "styled_act_rgb", "styled_act f", "act_fir")
+)
 
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])

@@ -21,7 +21,7 @@ from stylepipe.kernels.nvrtc import find_nvrtc
 
 @every_op
 def test_work_goes_to_the_current_stream(op: Op, device: torch.device) -> None:
-    operands = placed(draw(op, SMALL), torch.float32, device)
+    op, operands = op.on(device), placed(draw(op, SMALL), torch.float32, device)  # a copy of a filter would wait
     outputs, gradients = run(op, operands)  # also builds the kernels
     late = {name: torch.full_like(tensor, float("nan")) for name, tensor in operands.items()}
     for name, tensor in late.items():

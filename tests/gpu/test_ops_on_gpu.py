@@ -11,7 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_ops import LAYOUTS, SHAPES, SMALL, Op, check, differentiable, draw, every_op, every_type, placed, run
+from gpu_ops import (
+    LARGE,
+    LAYOUTS,
+    OPS_WITH_SUMS,
+    SHAPES,
+    SMALL,
+    SMALL_CASES,
+    Op,
+    check,
+    differentiable,
+    draw,
+    every_op,
+    every_type,
+    placed,
+    run,
+)
 from torch import Tensor
 
 from stylepipe.kernels import build, native
@@ -31,8 +46,15 @@ def test_outputs_and_gradients_are_those_of_float64_on_the_cpu(
 @pytest.mark.usefixtures("poison")
 def test_every_kernel_on_a_small_case(op: Op, device: torch.device) -> None:
     """Compute-sanitizer runs these: see test_sanitizers.py."""
-    for dtype, layout in ((torch.bfloat16, "rows"), (torch.float32, "rows"), (torch.float32, "planes")):
-        check(op, SMALL, dtype, device, layout)
+    for shape, dtype, layout in SMALL_CASES:
+        check(op, shape, dtype, device, layout)
+
+
+@pytest.mark.parametrize("layout", ["rows", "planes"])
+@pytest.mark.parametrize("op", OPS_WITH_SUMS, ids=lambda op: op.name)
+@pytest.mark.usefixtures("poison")
+def test_sums_over_as_many_pixels_as_in_training(op: Op, layout: str, device: torch.device) -> None:
+    check(op, LARGE, torch.bfloat16, device, layout)
 
 
 class Counting:

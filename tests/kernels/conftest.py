@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from stylepipe.kernels import build, cache, gxx, native, nvcc, nvrtc
 
-sys.path.append(str(Path(__file__).parent))  # for drawn_cases; pytest's importlib mode leaves it out
+sys.path.append(str(Path(__file__).parent))  # for shim_kernels; pytest's importlib mode leaves it out
 
 if TYPE_CHECKING:
-    from drawn_cases import Kernels
+    from shim_kernels import Kernels
 
 SCALE_CU = """
 #include "common.cuh"
@@ -105,10 +108,37 @@ def compiled_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shim(compiled_folder: Path, monkeypatch: pytest.MonkeyPatch, cxx: tuple[str, ...]) -> Kernels:
     """Give the GPU's kernels, compiled for the CPU, for native.use()."""
-    from drawn_cases import Kernels
+    from shim_kernels import Kernels
 
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(compiled_folder))
     return Kernels()
+
+
+class TracedGraphs:
+    """A backend of torch.compile that runs what it is given, and keeps the names of the ops in it."""
+
+    def __init__(self) -> None:
+        self.ops: dict[str, list[str]] = {"forward": [], "backward": []}
+        self.backend = aot_autograd(
+            fw_compiler=lambda graph, _: self._keep("forward", graph),
+            bw_compiler=lambda graph, _: self._keep("backward", graph),
+        )
+
+    def _keep(self, direction: str, graph: torch.fx.GraphModule) -> Any:
+        self.ops[direction] += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        return make_boxed_func(graph.forward)
+
+    def own(self, direction: str) -> list[str]:
+        """Return the ops of ours, without their namespace."""
+        return [op.removeprefix("stylepipe.") for op in self.ops[direction] if op.startswith("stylepipe.")]
+
+
+@pytest.fixture
+def traced() -> Iterator[TracedGraphs]:
+    """Give a backend of torch.compile that keeps what it was given."""
+    torch.compiler.reset()  # what it holds of another test was made for other kernels
+    yield TracedGraphs()
+    torch.compiler.reset()
 
 
 @pytest.fixture(params=["torch", "shim"])

@@ -13,24 +13,23 @@ noise_strength do). It is given in units of the type's rounding step, eps.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
-import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from shim_kernels import Kernels, in_torch
 from torch import Tensor
 
-from stylepipe.kernels import act_fir, bias_act, build, gxx, native, styled_act, styled_act_rgb, upfirdn2d
-from stylepipe.kernels.bias_act import activation_alpha, activation_gain
-from stylepipe.kernels.host import SharedObject
+from stylepipe.kernels import _epilogue, _fir, act_fir, bias_act, build, native, styled_act, styled_act_rgb, upfirdn2d
+from stylepipe.kernels._activations import activation_alpha, activation_gain
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,83 +68,12 @@ class WrongError(AssertionError):
     """A kernel's result differs from the reference."""
 
 
-# --- kernels under the ops ---
-
-
-class Recorder:
-    """A library of kernels that counts launches, and refuses those that a GPU would refuse, or that fault there."""
-
-    def __init__(self, library: SharedObject, scalar: str, launched: Counter[tuple[str, str]]) -> None:
-        self.vector_bytes, self.threads = library.vector_bytes, library.threads
-        self._library, self._scalar, self._launched = library, scalar, launched
-
-    def launch(self, kernel: str, grid: Any, block: Any, params: ctypes.Structure, stream: int = 0) -> None:
-        assert min(*grid, *block) > 0, (kernel, grid, block)
-        assert math.prod(block) <= self.threads, (kernel, block)
-        assert grid[0] < 2**31, (kernel, grid)
-        assert max(grid[1:]) < 2**16, (kernel, grid)
-        if self.threads > 1:
-            self._check_alignment(kernel, params)
-        self._launched[kernel, self._scalar] += 1
-        self._library.launch(kernel, grid, block, params, stream)
-
-    def _check_alignment(self, kernel: str, params: ctypes.Structure) -> None:
-        if "_vector" in kernel or kernel.startswith(("fir_epilogue", "act_fir")):
-            names = ("x", "y", "ref", "dy", "dx")
-        elif "_planes_" in kernel and getattr(params, "aligned", False):
-            names = ("x",)
-        else:
-            return
-        for of in (params, getattr(params, "fir", None)):
-            for name in names:
-                address = getattr(of, name, None) or 0
-                assert address % self.vector_bytes == 0, f"{kernel}: {name} is not aligned to its vectors"
-
-
-class Kernels:
-    """What native.use() takes: the kernels of a folder, compiled for the CPU.
-
-    Args:
-        kind: `shim`, the GPU's kernels; `native`, the CPU's own.
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
-        sources: the folder `cuda` or `cpu`, other than ours.
-    """
-
-    def __init__(self, kind: str = "shim", *, sanitize: bool = False, sources: Path | None = None) -> None:
-        self.launched: Counter[tuple[str, str]] = Counter()
-        self.native = kind == "native"
-        self._folder = sources or (build.CPU_SOURCES if self.native else build.CUDA_SOURCES)
-        self._compiler = gxx.native() if self.native else gxx.host_shim(("address", "undefined") if sanitize else ())
-        if self.native and sanitize:
-            checks = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-            self._compiler = dataclasses.replace(self._compiler, options=(*self._compiler.options, *checks))
-        self._libraries: dict[tuple[str, torch.dtype], Recorder | None] = {}
-
-    def __call__(self, source: str, dtype: torch.dtype, device: torch.device) -> Recorder | None:
-        key = source, dtype
-        if key not in self._libraries:
-            self._libraries[key] = self._load(source, native.SCALAR_OF[dtype])
-        return self._libraries[key]
-
-    def _load(self, source: str, scalar: str) -> Recorder | None:
-        path = self._folder / f"{source}.{'cpp' if self.native else 'cu'}"
-        if not path.is_file():
-            return None
-        target = gxx.native_target() if self.native else gxx.HOST_TARGET
-        library = SharedObject(build.cached_path(build.Unit(path, scalar), target, self._compiler), native=self.native)
-        return Recorder(library, scalar, self.launched)
-
-
-def in_torch(*_: Any) -> None:
-    """Choose PyTorch's operations; for native.use()."""
-
-
 # --- running cases ---
 
 
 @dataclasses.dataclass
 class Report:
-    """What cases found: how many there were, the worst errors in eps, by type, and what is wrong."""
+    """What cases found: how many there were, the worst errors in eps by op and type, and what is wrong."""
 
     cases: int = 0
     worst: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -205,7 +133,7 @@ class Run:
         key = f"{self.about['op']} {name}"
         if not error <= eps:  # NaN neither
             raise WrongError(f"{key}: off by {error:.3g} eps of {found.dtype}, allowed {eps}: {self.about}")
-        key = f"{str(found.dtype)[6:]} {'sum' if name.startswith('sum') else 'activation'}"
+        key = f"{self.about['op']} {str(found.dtype)[6:]} {'sum' if name.startswith('sum') else 'activation'}"
         if eps != ROUNDED_BETWEEN:
             self.worst[key] = max(self.worst.get(key, 0), error)
 
@@ -225,6 +153,29 @@ def run_case(run: Run, ops: Sequence[str]) -> None:
     """Run one case; raise WrongError where it is wrong."""
     run.about["op"] = run.rng.choice(ops)
     OPS[run.about["op"]](run)
+
+
+# Sizes that decide how work is cut into blocks, with what is drawn of each. An activation of 256 px gives a thread
+# several rounds and long strips. Drawn ones are too small for that, unless fewer blocks are wanted.
+_CUTS: dict[Any, dict[str, tuple[Any, ...]]] = {
+    _epilogue: {"_BLOCKS_WANTED": (1, 2, 16, 1024), "_MOST_ROUNDS": (8, 8, 3), "_PIXELS_ON_CPU": ((16, 256), (3, 7))},
+    _fir: {"_THREADS_WANTED": (1, 2**6, 2**10, 2**17)},
+}
+
+
+@contextmanager
+def drawn_cuts(rng: random.Random, about: dict[str, Any]) -> Iterator[None]:
+    """Draw how work is cut into blocks, and write down what was drawn."""
+    before = [(module, name, getattr(module, name)) for module, names in _CUTS.items() for name in names]
+    try:
+        for module, names in _CUTS.items():
+            for name, values in names.items():
+                about[name] = rng.choice(values)
+                setattr(module, name, about[name])
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def run_cases(
@@ -248,7 +199,8 @@ def run_cases(
             run = Run(kernels, rng, generator, types[number % len(types)], report.worst, about)
             report.cases += 1
             try:
-                run_case(run, ops)
+                with drawn_cuts(random.Random(f"cuts {seed}/{number}"), about):
+                    run_case(run, ops)
             except WrongError as error:
                 report.wrong.append(str(error))
     finally:

@@ -273,11 +273,10 @@ def a_file_instead_of_the_locks(folder: Path) -> None:
 
 
 def a_folder_that_may_not_be_written(folder: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
     folder.mkdir(mode=0o555)
 
 
+@pytest.mark.usefixtures("bound_by_permissions")
 @pytest.mark.parametrize("obstacle", [a_file_instead_of_the_folder, a_folder_that_may_not_be_written])
 def test_without_a_cache_it_is_compiled_in_memory(
     unit: build.Unit, kernel_cache: Path, obstacle: Callable[[Path], None]
@@ -293,6 +292,16 @@ def test_without_a_cache_it_is_compiled_in_memory(
     (message,) = (str(one.message) for one in warned)
     assert str(kernel_cache) in message
     assert cache.FOLDER_VARIABLE in message
+
+
+@pytest.mark.usefixtures("bound_by_permissions")
+def test_what_a_read_only_cache_holds_serves_without_a_word(unit: build.Unit, kernel_cache: Path) -> None:
+    build.cached(unit, TARGET, Upper())
+    kernel_cache.chmod(0o555)
+    with pytest.raises(PermissionError):
+        (kernel_cache / "file").touch()
+    assert build.cached(unit, TARGET, compiler := Upper()) == b"KERNEL"
+    assert compiler.calls == 0
 
 
 def test_without_locks_it_is_compiled_and_kept(unit: build.Unit, kernel_cache: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,28 @@ def test_a_unit_that_does_not_compile_stops_no_other(sources: Path, kernel_cache
     with pytest.raises(BuildError, match=r"nvcc failed to compile some units[^$]*undefined_name"):
         nvcc.build_all(the_nvcc, build.missing_entries(jobs, the_nvcc), lambda: None)
     assert [path.name.partition("-")[0] for path in cache.list_entries(kernel_cache)] == ["scale"]
+
+
+def test_an_nvcc_that_hangs_is_ended(
+    tmp_path: Path, sources: Path, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ninja")
+    script = tmp_path / "nvcc"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in --version) echo V13.0.1;; --list-gpu-arch) echo compute_90;;\n'
+        f"*) trap 'echo > {tmp_path}/ended; exit 1' TERM; sleep 60 & wait;; esac\n"
+    )
+    script.chmod(0o755)
+    hanging = nvcc.Nvcc(str(script))
+    missing = build.missing_entries([(build.Unit(sources / "scale.cu", "float32"), "sm_90")], hanging)
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 0.5)
+    with pytest.raises(build.BuildError, match="nvcc has compiled nothing for 0 s"):
+        nvcc.build_all(hanging, missing, lambda: None)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "ended").exists():
+        assert time.monotonic() < deadline, "nvcc goes on"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "compute_90"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import re
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from stylepipe import kernels
-from stylepipe.kernels import _operands, build, native
+from stylepipe.kernels import _activations, _operands, build, native
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ops.npz"
 TOLERANCE = 1e-10  # of the file: float64, relative L2
@@ -172,18 +171,36 @@ def test_resampling_keeps_a_constant_image_away_from_the_border() -> None:
         torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.ones_like(y[:, :, 2:-2, 2:-2]))
 
 
-def test_setup_filter_makes_short_taps_two_dimensional_and_keeps_long_ones_separable() -> None:
-    short = kernels.setup_filter([1, 3, 3, 1])
+def test_setup_filter_keeps_taps_separable_unless_told_otherwise() -> None:
+    short = kernels.setup_filter([1, 3, 3, 1], separable=False)
     assert short.shape == (4, 4)
     assert short.dtype == torch.float32
     torch.testing.assert_close(short[0], torch.tensor([1, 3, 3, 1]) / 64)
-    long = kernels.setup_filter(range(1, 13), gain=4)
-    assert long.shape == (12,)
-    torch.testing.assert_close(long.sum(), torch.tensor(2.0))  # applied twice: the image gains 4
-    torch.testing.assert_close(kernels.setup_filter([1, 2], flip_filter=True, separable=True), torch.tensor([2, 1]) / 3)
+    taps = kernels.setup_filter(range(1, 13), gain=4)
+    assert taps.shape == (12,)
+    torch.testing.assert_close(taps.sum(), torch.tensor(2.0))  # applied twice: the image gains 4
+    assert kernels.setup_filter(2).shape == (1,)
+    torch.testing.assert_close(kernels.setup_filter([1, 2], flip_filter=True), torch.tensor([2, 1]) / 3)
     torch.testing.assert_close(kernels.setup_filter([[1.0, 2.0]], normalize=False), torch.tensor([[1.0, 2.0]]))
     with pytest.raises(ValueError, match="separable"):
         kernels.setup_filter([[1.0, 2.0]], separable=True)
+    with pytest.raises(ValueError, match=r"gain -1: expected 0 or more"):
+        kernels.setup_filter([1, 2], gain=-1)
+    assert kernels.setup_filter([1, 2], gain=-1, separable=False).sum() == -1
+
+
+def test_separable_and_whole_filters_give_the_same(either) -> None:
+    x = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    separable, whole = (kernels.setup_filter([1, 3, 2], gain=3, separable=separable) for separable in (True, False))
+    for resample in (kernels.upsample2d, kernels.downsample2d, kernels.filter2d):
+        torch.testing.assert_close(resample(x, separable), resample(x, whole), rtol=1e-6, atol=1e-6)
+
+
+def test_the_usual_call_runs_a_tiled_kernel(shim) -> None:
+    x = torch.randn(2, 8, 8, 6).contiguous(memory_format=torch.channels_last)
+    with native.use(shim):
+        kernels.upsample2d(x, kernels.setup_filter([1, 3, 3, 1]))
+    assert [name for name, _ in shim.launched] == ["upfirdn2d_rows_vector_2_1_4"]
 
 
 # --- bias_act ---
@@ -267,20 +284,37 @@ def test_opcheck() -> None:
             )
 
 
-def test_ops_compile_into_one_graph_and_give_the_same_gradients() -> None:
+def test_ops_compile_into_one_graph_and_give_the_same_gradients(either, traced) -> None:
     f = kernels.setup_filter([1, 3, 3, 1])
 
     def layer(x, b):
         return kernels.bias_act(kernels.upsample2d(x, f), b, act="lrelu", clamp=2)
 
     x, b = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(3, requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=traced.backend, dynamic=True)
     for found, expected in zip(
         torch.autograd.grad(compiled(x, b).square().sum(), (x, b)),
         torch.autograd.grad(layer(x, b).square().sum(), (x, b)),
         strict=True,
     ):
         torch.testing.assert_close(found, expected)
+    there = either("epilogue", torch.float32, x.device) is not None
+    assert traced.own("forward") == ["upfirdn2d.default", *(["bias_act.default"] if there else [])]
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_a_compiler_is_given_the_parts_where_there_are_no_kernels(act: str, traced) -> None:
+    x, b = torch.randn(2, 3, 6, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+
+    def op(x, b):
+        return kernels.bias_act(x, b, act=act, clamp=0.8)
+
+    with native.use(lambda *_: None):
+        found, expected = torch.compile(op, fullgraph=True, backend=traced.backend)(x, b), op(x, b)
+        assert traced.own("forward") == traced.own("backward") == []
+        torch.testing.assert_close(found, expected)
+        for one, other in zip(*(torch.autograd.grad(y.square().sum(), (x, b)) for y in (found, expected)), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_ops_give_shapes_on_the_meta_device() -> None:
@@ -321,12 +355,22 @@ def test_a_tall_narrow_image_stays_within_the_grid(shim) -> None:
 def test_activations_have_one_order() -> None:
     source = (build.CUDA_SOURCES / "common.cuh").read_text()
     (names,) = re.findall(r"enum Activation \{ (.*?) \};", source)
-    assert (
-        tuple(names.lower().split(", "))
-        == _operands.ACTIVATIONS
-        == tuple(importlib.import_module("stylepipe.kernels.bias_act")._ACTIVATIONS)
-        == ACTIVATIONS
-    )
+    assert tuple(names.lower().split(", ")) == _operands.ACTIVATIONS == tuple(_activations.ACTIVATIONS) == ACTIVATIONS
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["upfirdn2d", *ACTIVATIONS])
+def test_autocast_changes_nothing(either, op: str, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    b, f = torch.randn(8, requires_grad=True), kernels.setup_filter([1, 3, 3, 1])
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = kernels.upfirdn2d(x, f, padding=2) if op == "upfirdn2d" else kernels.bias_act(x, b, act=op)
+            gradients = torch.autograd.grad(y.float().square().sum(), [x] if op == "upfirdn2d" else [x, b])
+        assert y.dtype == gradients[0].dtype == dtype
+        results.append((y, *gradients))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_integers_and_operands_elsewhere_are_refused() -> None:
@@ -345,6 +389,9 @@ def test_integers_and_operands_elsewhere_are_refused() -> None:
         lambda: kernels.bias_act(x, elsewhere),
         lambda: kernels.styled_act(x, bias=elsewhere),
         lambda: kernels.act_fir(x, elsewhere, f),
+        lambda: kernels.upfirdn2d(x, f.to("meta"), padding=2),
+        lambda: kernels.styled_act(x, f=f.to("meta"), padding=2),
+        lambda: kernels.act_fir(x, None, f.to("meta"), padding=2),
     ):
         with pytest.raises(ValueError, match="on meta: expected it on cpu"):
             op()

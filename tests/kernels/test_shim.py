@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from drawn_cases import TYPES, Kernels, Report, run_cases
+from drawn_cases import TYPES, Report, run_cases
+from shim_kernels import Kernels, kernel_names
 
 from stylepipe.kernels import bias_act, build, cache, gxx, native
 
@@ -25,12 +26,6 @@ SCRIPT = Path(__file__).with_name("drawn_cases.py")
 QUICK_CASES = 300
 SLOW_CASES = 2500  # of each type
 CHECKED_CASES = 250  # under sanitizers
-
-
-def kernel_names(folder: Path = build.CUDA_SOURCES) -> set[str]:
-    """Return the names of all kernels in the sources."""
-    pattern = re.compile(r"^(?:COOPERATIVE_)?KERNEL\((\w+),", re.MULTILINE)
-    return {name for source in folder.glob("*.cu") for name in pattern.findall(source.read_text())}
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +132,7 @@ def run_checked(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shim", "native"])
 def test_drawn_cases_under_sanitizers(kind: str, record_property) -> None:
-    types = ["float16", "float32", "float64"] if kind == "shim" else ["float32", "float64"]
+    types = list(build.SCALARS) if kind == "shim" else ["float32", "float64"]
     done = run_checked("--kind", kind, "--cases", str(CHECKED_CASES), "--seed", "2", "--types", *types)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(done.stdout)
@@ -174,12 +169,19 @@ class Break(NamedTuple):
 
 
 BARRIER = "    __syncthreads();\n"
+FIRST_ROUNDS = "pixel < smaller(at.last, at.first + 4 * blockDim.y); pixel += PAIRS"
+FIVE_LINES = "step < smaller(at.line_end, at.line + 5) -"
 WRONG = {
     "no barrier behind a tile": Break("upfirdn2d.cu", BARRIER, "", "upfirdn2d"),
     "no barrier behind filtered rows": Break("upfirdn2d.cu", BARRIER, "", "upfirdn2d", nth=1),
     "no barrier in a sum over rows": Break("sums.cuh", BARRIER, "", "bias_act"),
     "no barrier in a sum over columns": Break("epilogue.cu", f"    {BARRIER}    }}\n", "    }\n", "bias_act", nth=1),
     "no barrier before colours": Break("epilogue.cu", f"{BARRIER}        // Shares", "// Shares", "styled_act"),
+    "no barrier behind a sum over rows": Break("sums.cuh", BARRIER, "", "styled_act", nth=1),
+    "no barrier behind colours": Break("epilogue.cu", f"{BARRIER}    }}\n}}", "    }\n}", "styled_act"),
+    "rounds that skip every other": Break("epilogue.cu", "pixel += IN_FLIGHT", "pixel += 2 * IN_FLIGHT", "styled_act"),
+    "rounds that end early": Break("epilogue.cu", "pixel < at.last; pixel += PAIRS", FIRST_ROUNDS, "styled_act"),
+    "a strip that ends after five lines": Break("fir_rows.cuh", "step < at.line_end -", FIVE_LINES, "upfirdn2d"),
     "a tile that begins a row late": Break("upfirdn2d.cu", "(out_y, p.pad_y);", "(out_y, p.pad_y) + 1;", "upfirdn2d"),
     "taps off by one": Break("fir_rows.cuh", "f[F::across(j, e)]", "f[(F::across(j, e) + 1) % TAPS]", "upfirdn2d"),
     "a strip that ends early": Break("fir_rows.cuh", "line_end = smaller(", "line_end = smaller(-1 + ", "act_fir"),

@@ -112,10 +112,9 @@ def test_opcheck_with_a_filter() -> None:
     )
 
 
-@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("colours", [False, True])
 @pytest.mark.parametrize("form", ["plain", "filtered"])
-def test_compiled_into_one_graph(form: str, colours: bool) -> None:
+def test_compiled_into_one_graph(form: str, colours: bool, either: Any, traced: Any) -> None:
     options = FORMS[form]
     given = operands(2, 8, 6, 5, torch.float32, **options)
     weight = torch.randn(2, 3, 8, requires_grad=True)
@@ -126,10 +125,18 @@ def test_compiled_into_one_graph(form: str, colours: bool) -> None:
         y, rgb = function_of(given, styled_act_rgb, rgb_weight=weight, **options)(*tensors)
         return y.square().sum() + rgb.square().sum()
 
-    inputs = tuple(given.values())
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(*inputs), inputs)
-    for one, expected in zip(found, torch.autograd.grad(loss(*inputs), inputs), strict=True):
+    given["noise"].requires_grad_(False)  # kernels make no gradient by it
+    inputs = [tensor for name, tensor in given.items() if name != "noise"]
+    compiled = torch.compile(loss, fullgraph=True, backend=traced.backend)
+    found = torch.autograd.grad(compiled(*given.values()), inputs)
+    filters = ["upfirdn2d.default"] if form == "filtered" else []
+    if either("epilogue", torch.float32, weight.device) is None:  # the compiler sees all but the filter
+        assert (traced.own("forward"), traced.own("backward")) == (filters, filters)
+    else:
+        apart = filters if colours else []
+        assert traced.own("forward") == [*apart, "styled_act.default"]
+        assert traced.own("backward") == ["styled_act_backward.default", *apart]
+    for one, expected in zip(found, torch.autograd.grad(loss(*given.values()), inputs), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)  # sums of 480 terms, in another order
 
 
@@ -164,6 +171,25 @@ def test_shapes_without_numbers(memory_format: torch.memory_format) -> None:
     for found in (on_meta, faked):
         for one, real in zip(found, expected, strict=True):
             assert (one.shape, one.dtype, one.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("colours", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_in_half_precision_makes_colours_in_float32(
+    dtype: torch.dtype, colours: int, memory_format: torch.memory_format
+) -> None:
+    x = torch.randn(2, 8, 6, 5).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    weight = torch.randn(2, colours, 8).to(dtype).requires_grad_()
+    _, rgb = styled_act_rgb(x, weight)
+    with FakeTensorMode() as mode:
+        _, faked = styled_act_rgb(mode.from_tensor(x), mode.from_tensor(weight))
+    assert rgb.dtype == faked.dtype == torch.float32
+    _, expected = styled_act_rgb(x.double(), weight.double())
+    torch.testing.assert_close(rgb.double(), expected, rtol=0.01, atol=0.05)  # v may have been rounded
+    (gradient,) = torch.autograd.grad(rgb.sum(), weight)
+    assert gradient.dtype == dtype
 
 
 @pytest.mark.usefixtures("either")
