@@ -63,6 +63,8 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Parse manifest.json; raise ValueError, KeyError or TypeError where it is none."""
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
         if values.pop("format") != FORMAT_NAME:
             raise ValueError(f"its format is not {FORMAT_NAME}")
         version = values.pop("format_version")
@@ -72,6 +74,8 @@ class Manifest:
         values["index"] = FileRecord(**values["index"])
         if version == VECTORS_FORMAT_VERSION:
             values["labels"] = FileRecord(**values["labels"])
+        elif "labels" in values:
+            raise ValueError(f"it names labels, which format version {version} has not")
         values["shards"] = tuple(FileRecord(**record) for record in values["shards"])
         values["skipped"] = tuple(Skipped(**record) for record in values["skipped"])
         if values["classes"] is not None:

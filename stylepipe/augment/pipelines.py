@@ -71,7 +71,10 @@ def strengths_of(config: AugmentConfig) -> Strengths:
     """Return the pipeline's strengths, those that the config names replaced.
 
     Raises:
-        UserError: a strength is not within [0, 1].
+        UserError: a strength is not within [0, 1], or none is above 0.
     """
     named = {name: value for name in NAMES if (value := getattr(config, name)) is not None}
-    return replace(PIPELINES[config.pipe], **named)
+    strengths = replace(PIPELINES[config.pipe], **named)
+    if strengths == Strengths():
+        raise UserError(f"--aug.pipe {config.pipe}: every strength is 0; give one, or --augment none")
+    return strengths

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from stylepipe.config import Config
 from stylepipe.errors import UserError
-from stylepipe.interop.network_file import NetworkHeader, license_notice, load_network, read_header
+from stylepipe.interop.network_file import (
+    NetworkHeader,
+    classes_of,
+    license_notice,
+    lineage,
+    load_network,
+    read_header,
+)
 from stylepipe.interop.transfer import check_resolution, fill_discriminator, fill_generator
 from stylepipe.networks.stylegan2 import Discriminator, Generator
 from stylepipe.recipes.gan import GANRecipe
@@ -70,10 +76,10 @@ def check_settings(config: Config, path: str) -> None:
             f"--freeze-d {config.freeze_d}: --init {path} has no discriminator, and a new one has learnt nothing yet; "
             f"leave it out, or start from a file saved with --snapshot-with-d"
         )
-    if config.freeze_d > 0 and config.res > header.config["res"]:
+    if config.freeze_d > 0 and config.res != header.config["res"]:
         raise UserError(
-            f"--freeze-d {config.freeze_d}: at --res {config.res} the first levels are new, --init {path} having "
-            f"{header.config['res']} px; leave it out, or keep that resolution"
+            f"--freeze-d {config.freeze_d}: at --res {config.res} the discriminator has first layers that have learnt "
+            f"nothing yet, --init {path} having {header.config['res']} px; leave it out, or keep that resolution"
         )
 
 
@@ -91,10 +97,8 @@ def start_from(recipe: GANRecipe, path: str, classes: Sequence[str] | None) -> l
         UserError: the file is damaged.
     """
     header = read_header(path)
-    device, c_dim, before = recipe.device, recipe.labels.c_dim, header.config["c_dim"]
-    known = header.metadata.get("classes")
-    same_names = known is None or json.loads(known) == (None if classes is None else list(classes))
-    same_labels = c_dim == before and (c_dim == 0 or same_names)
+    device = recipe.device
+    same_labels = _same_labels(path, header, recipe.labels.c_dim, classes)
     own_g, has_d = "G" if "G" in header.beside else None, "D" in header.beside
     # G first: both hold one buffer of mean styles, and those of the average are the ones to keep.
     fill_generator(recipe.G, cast(Generator, load_network(path, device, own_g)), same_labels)
@@ -106,9 +110,20 @@ def start_from(recipe: GANRecipe, path: str, classes: Sequence[str] | None) -> l
 
 
 def origin_of(path: str) -> dict[str, str]:
-    """Return what network files of a training that starts from this one shall say of it: its name and its licence."""
-    licensed = {key: value for key, value in read_header(path).metadata.items() if key == "license"}
-    return {"derived_from": Path(path).name, **licensed}
+    """Return what network files of a training that starts from this one shall say of it: its origin and its licence."""
+    metadata = read_header(path).metadata
+    licensed = {key: value for key, value in metadata.items() if key == "license"}
+    return {"derived_from": lineage(path, metadata.get("derived_from")), **licensed}
+
+
+def _same_labels(path: str, header: NetworkHeader, c_dim: int, classes: Sequence[str] | None) -> bool:
+    """Tell whether labels mean the same in the file and in the data; of classes without names, as many do."""
+    if c_dim == 0 or c_dim != header.config["c_dim"]:
+        return c_dim == header.config["c_dim"]
+    names, vectors = classes_of(path, header.metadata, c_dim)
+    if names is None and not vectors:
+        return True
+    return names == (None if classes is None else list(classes))
 
 
 def _told(
@@ -123,18 +138,55 @@ def _told(
             f"labels: {header.config['c_dim']} there, {recipe.labels.c_dim} here, so all labels start as one: as the "
             f"mean of those there, if any"
         )
+    elif recipe.labels.c_dim > 0:
+        lines += _parts_of_labels(recipe, header)
     notice = license_notice(path, header)
     return lines if notice is None else [*lines, notice]
 
 
+def _parts_of_labels(recipe: GANRecipe, header: NetworkHeader) -> Iterator[str]:
+    """Say what of the file's labels is left out, and what is new, where the labels are the same."""
+    parts = [
+        (
+            "mean styles of classes",
+            "--network.class-w-avg",
+            header.config.get("class_w_avg", False),
+            recipe.G.mapping.class_w_offset is not None,
+        )
+    ]
+    if (D := header.beside.get("D")) is not None:
+        conditioning = D.config.get("conditioning", "projection")
+        parts += [
+            (
+                "D's projection of labels",
+                "--network.d-conditioning projection or both",
+                conditioning != "aux",
+                recipe.D.mapping is not None,
+            ),
+            (
+                "D's auxiliary classifier",
+                "--network.d-conditioning aux or both, with --loss.acgan-weight",
+                conditioning != "projection",
+                recipe.D.b4.aux is not None,
+            ),
+        ]
+    for name, option, there, here in parts:
+        if there and not here:
+            yield f"left out: {name} of the file, which {option} would keep"
+        elif here and not there:
+            yield f"new: {name}, which the file has not"
+
+
 def _read(path: str) -> NetworkHeader:
-    """Read a header and see that its networks belong together."""
+    """Read a header and see that its networks belong together, and that its labels are not damaged."""
     header = read_header(path)
     if header.class_name != "stylegan2.Generator":
         raise UserError(f"--init {path}: its main network is a {header.class_name}; expected a generator")
     _check_complete(path, header, {*_IN_COMMON, *_G_WEIGHTS, "conv_clamp"})
     if header.config["img_channels"] != 3:
         raise UserError(f"--init {path}: images of {header.config['img_channels']} channels; expected 3, colour")
+    if header.config["c_dim"] > 0:
+        classes_of(path, header.metadata, header.config["c_dim"])
     for name, kind in {"G": "stylegan2.Generator", "D": "stylegan2.Discriminator"}.items():
         if (other := header.beside.get(name)) is None:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from stylepipe.errors import UserError
+from stylepipe.interop.network_file import classes_of
 
 ALL = "all"
 
 _NAMED = 8  # class names that a message lists
+_MAX_DIGITS = 20  # of a class number
 
 
 def labels_to_draw(
@@ -27,8 +28,7 @@ def labels_to_draw(
     Args:
         path: of the network file, for messages.
         c_dim: label dimensions of the network.
-        metadata: of the file; `classes` is a JSON list of names by number, or null where labels are vectors. Files from
-            elsewhere have none: then numbers do.
+        metadata: of the file, see `classes_of`; where it has no names, numbers do.
         class_name: `--class`, a name, a number or all. A name wins over a number.
         label: `--label`, numbers with commas between.
 
@@ -44,11 +44,11 @@ def labels_to_draw(
         raise UserError(f"--label {label}: there is --class {class_name} already; give one of them")
     if label is not None:
         return _vector(label, c_dim)
-    names, vectors = _classes(path, metadata, c_dim)
+    names, vectors = classes_of(path, metadata, c_dim)
     if vectors:
-        raise UserError(
-            f"--class {class_name or 'missing'}: this network draws labels of {c_dim} numbers; give them with --label"
-        )
+        found = "--label missing" if class_name is None else f"--class {class_name}"
+        example = ",".join(["0.1", "-0.7", "0.4"][:c_dim] + ["..."] * (c_dim > 3))
+        raise UserError(f"{found}: this network draws labels of {c_dim} numbers; give them as --label {example}")
     if class_name == ALL:
         return torch.eye(c_dim)
     return one_hot(torch.tensor([_number(class_name, names, c_dim)]), c_dim).float()
@@ -57,7 +57,8 @@ def labels_to_draw(
 def _number(class_name: str | None, names: list[str] | None, c_dim: int) -> int:
     if names is not None and class_name in names:
         return names.index(class_name)
-    if class_name is not None and class_name.isascii() and class_name.isdecimal() and int(class_name) < c_dim:
+    is_number = class_name is not None and class_name.isascii() and class_name.isdecimal()
+    if class_name is not None and is_number and len(class_name) <= _MAX_DIGITS and int(class_name) < c_dim:
         return int(class_name)
     expected = f"expected 0 to {c_dim - 1}, or {ALL}"
     if names is not None:
@@ -76,18 +77,3 @@ def _vector(text: str, c_dim: int) -> Tensor:
     if len(vector) != c_dim or not np.isfinite(vector).all():
         raise UserError(f"--label {text}: expected {c_dim} finite numbers with commas between, such as 0.1,-0.7")
     return torch.from_numpy(vector)[None]
-
-
-def _classes(path: Path, metadata: Mapping[str, str], c_dim: int) -> tuple[list[str] | None, bool]:
-    """Return the names of the classes, if the file has them, and whether its labels are vectors."""
-    if "classes" not in metadata:
-        return None, False
-    try:
-        names = json.loads(metadata["classes"])
-    except ValueError as error:
-        raise UserError(f"{path}: the names of its classes in the header are damaged ({error})") from error
-    if names is None:
-        return None, True
-    if not isinstance(names, list) or len(names) != c_dim or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: the names of its classes in the header are damaged; expected a list of {c_dim} names")
-    return names, False

@@ -41,7 +41,7 @@ from stylepipe.training.distributed import (
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.launched import check_launch
 from stylepipe.training.probe import largest_batch_gpu
-from stylepipe.training.run_folder import find_state, make_run_folder, only_run_in
+from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
 from stylepipe.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
         raise UserError(
             f"--freeze-d {config.freeze_d}: new networks have learnt nothing to keep; expected --init NETWORK"
         )
+    if state is not None:
+        check_goes_on(config, state)
     if config.dry_run and config.data is not None and not Path(config.data).is_dir():
         raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):

@@ -25,7 +25,8 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it 
 _LEGACY_PROTOCOL = 1001
 _LEGACY_START = b"\x80\x02\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little")
 _MAX_KEY = 20  # digits
-_ZIP_START = b"PK\x03\x04"
+_ZIP_START, _ZIP_DIRECTORY = b"PK\x03\x04", b"PK\x01\x02"
+_MAX_ENTRIES = 20_000  # a checkpoint with its optimizers has some 2,000
 _PICKLE_START = b"\x80"
 _ZIP_ERRORS = (
     zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError, struct.error,
@@ -68,12 +69,16 @@ def _read_plain(data: memoryview) -> Any:
     """Read a pickle that holds its tensors: each storage is a byte string in torch.save's older format."""
     budget = Budget()
     of_storages = Vocabulary({}, inert=frozenset(STORAGE_TYPES))
+    storages: dict[int, tuple[memoryview, Storage]] = {}  # a byte string is read once, however often it is called on
 
     def storage(args: tuple[Any, ...]) -> Storage:
         match args:
             case (memoryview() as inner,):
+                if id(inner) in storages:
+                    return storages[id(inner)][1]
                 found = _read_legacy(inner, of_storages, budget)
                 if isinstance(found, Storage):
+                    storages[id(inner)] = inner, found  # kept alive, so that its id stays its own
                     return found
         raise RefusedError("damaged: a storage that is not one")
 
@@ -120,6 +125,8 @@ def _read_legacy(data: memoryview, vocabulary: Vocabulary, budget: Budget) -> An
 
 def _read_archive(data: bytes) -> Any:
     """Read torch.save's zip format: the object in data.pkl, each storage a file of its own, none compressed."""
+    if (found := data.count(_ZIP_DIRECTORY)) > _MAX_ENTRIES:  # before zipfile makes an object of each
+        raise RefusedError(f"about {found:,} entries in the archive; expected at most {_MAX_ENTRIES:,}")
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         entries = archive.infolist()

@@ -23,6 +23,8 @@ class Imported:
     """G and D, where the file has them."""
     license: str | None = None
     """What the file itself says; None: nothing."""
+    derived_from: str | None = None
+    """What the file itself says; None: nothing."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, a line each."""
     metadata: dict[str, str] = field(default_factory=dict)

@@ -43,6 +43,8 @@ NETWORKS = {
     "stylegan2.Discriminator": "stylepipe.networks.stylegan2:Discriminator",
 }
 
+FOREIGN_SUFFIXES = {".pkl", ".pt"}  # of what `stylepipe convert` reads
+
 _RESERVED = {"format", "format_version", "stylepipe_version", "class", "config", "beside"}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -177,9 +179,41 @@ def license_notice(path: str | Path, header: NetworkHeader) -> str | None:
     return None if found is None else f"network {Path(path).name} is under {found}"
 
 
+def classes_of(path: str | Path, metadata: Mapping[str, str], c_dim: int) -> tuple[list[str] | None, bool]:
+    """Return the names of the classes, None where the file says none, and whether its labels are vectors.
+
+    Args:
+        path: of the network file, for messages.
+        metadata: of the file; `classes` is a JSON list of names by number, or null where labels are vectors. Files from
+            elsewhere have none.
+        c_dim: label dimensions of the network, 1 or more.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    if "classes" not in metadata:
+        return None, False
+    try:
+        names = json.loads(metadata["classes"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the names of its classes in the header are damaged ({error})") from error
+    if names is None:
+        return None, True
+    if not isinstance(names, list) or len(names) != c_dim or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: the names of its classes in the header are damaged; expected a list of {c_dim} names")
+    return names, False
+
+
+def lineage(path: str | Path, earlier: str | None) -> str:
+    """Return what a file made from that at `path` says as `derived_from`: its name, and what it says itself."""
+    return " < ".join([Path(path).name, *([earlier] if earlier else [])])
+
+
 def _read_fields(path: Path) -> dict[str, str]:
     """Read the header's strings, and see that the file has all the bytes its header announces."""
     nothing = f"{path}: not a network file; expected one that training wrote, network-<kimg>.safetensors"
+    if path.suffix in FOREIGN_SUFFIXES:
+        nothing += f"; stylepipe convert {path} OUT.safetensors makes one"
     if path.is_dir():
         networks = sorted(path.glob("network-*.safetensors"))
         remedy = f"name a file in it, such as {networks[-1]}" if networks else "expected network-<kimg>.safetensors"

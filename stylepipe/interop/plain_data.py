@@ -14,6 +14,7 @@ MAX_DEPTH = 100
 MAX_NAME = 200
 
 _KEY_TYPES = (str, int, float, type(None))  # bool is an int; a tuple's hash can take for ever
+_MAX_INT_KEY = 2**60  # Python's hash repeats beyond: keys chosen to collide would take quadratic time
 
 
 class RefusedError(Exception):
@@ -72,7 +73,7 @@ class Budget:
 
 
 def checked_keys(items: list[Any]) -> list[Any]:
-    """Return `items` if each may be a key of a dictionary or in a set: a string, a number or None.
+    """Return `items` if each may be a key of a dictionary or in a set: a string, a number of common size or None.
 
     Raises:
         RefusedError: one is something else.
@@ -80,6 +81,8 @@ def checked_keys(items: list[Any]) -> list[Any]:
     for item in items:
         if not isinstance(item, _KEY_TYPES):
             raise RefusedError(f"a {type(item).__name__} as a key; expected strings and numbers")
+        if isinstance(item, (int, float)) and not -_MAX_INT_KEY < item < _MAX_INT_KEY:
+            raise RefusedError(f"the number {item:g} as a key; expected common ones")
     return items
 
 

@@ -72,12 +72,17 @@ def import_rosinality(content: Mapping[str, Any]) -> Imported:
         beside["G"] = _generator("g", states["g"], G_ema.mapping.w_avg.numpy(), notes)
     if "d" in states:
         beside["D"] = _discriminator("d", states["d"])
-    said = content.get("license")
-    return Imported("rosinality's StyleGAN2", G_ema, beside, said if isinstance(said, str) else None, notes)
+    said = {key: content[key] for key in ("license", "derived_from") if isinstance(content.get(key), str)}
+    return Imported("rosinality's StyleGAN2", G_ema, beside, notes=notes, **said)
 
 
 def export_rosinality(
-    path: str | Path, G_ema: Generator, beside: Mapping[str, nn.Module], *, license: str | None = None
+    path: str | Path,
+    G_ema: Generator,
+    beside: Mapping[str, nn.Module],
+    *,
+    license: str | None = None,
+    derived_from: str | None = None,
 ) -> list[str]:
     """Write a checkpoint with g_ema and latent_avg, and g and d where `beside` has G and D.
 
@@ -85,7 +90,7 @@ def export_rosinality(
         path: by custom `.pt`; written whole or not at all.
         G_ema: unconditional, architecture skip, three colours; on any device.
         beside: G and D, which may be missing.
-        license: what the file shall say; a later import takes it from there.
+        license, derived_from: what the file shall say; a later import takes it from there.
 
     Returns:
         What the user should know, a line each: where that code would not rebuild these networks as they are.
@@ -108,8 +113,8 @@ def export_rosinality(
                 notes.append(
                     f"mbstd_group_size {D.config['mbstd_group_size']} becomes {_MBSTD_GROUP}, fixed in that code"
                 )
-    if license is not None:
-        content["license"] = license
+    said = {"license": license, "derived_from": derived_from}
+    content |= {key: value for key, value in said.items() if value is not None}
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)

@@ -117,7 +117,10 @@ def _rebuild_tensor(args: tuple[Any, ...]) -> StoredTensor:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count > storage.count or (count > 0 and last >= storage.count):
         raise RefusedError(f"a tensor that reaches beyond its storage of {storage.count:,} elements")
-    return StoredTensor(storage, offset, size, stride)
+    # Nothing reads the stride of a length of 1, so it may be anything, more than NumPy takes included.
+    return StoredTensor(
+        storage, offset, size, tuple(0 if n == 1 else step for n, step in zip(size, stride, strict=True))
+    )
 
 
 def _rebuild_parameter(args: tuple[Any, ...]) -> StoredTensor:

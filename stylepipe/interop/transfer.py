@@ -10,7 +10,8 @@ and the architecture. One of fewer levels has a fromRGB of its own, which is new
 
 Labels, where they are not the source's. The styles and logits of every label are at first those of the source without
 labels, or, of one with labels, of the mean over them: the generator takes the mean of the labels' embeddings, the
-discriminator that of their projections. For a source of label vectors, its unit vectors stand for all labels.
+discriminator that of their projections. For a source of label vectors, its unit vectors stand for all labels. Mean
+styles of classes that the source does not know start as that of all.
 """
 
 from __future__ import annotations
@@ -68,8 +69,7 @@ def fill_generator(target: Generator, source: Generator, same_labels: bool) -> N
         source: left as it is.
         same_labels: the labels of both mean the same, so everything of them is taken over as well.
     """
-    left_out = () if same_labels else ("mapping.embed.", "mapping.fc0.", "mapping.class_w_avg")
-    _copy(target, source, (*left_out, "mapping.class_w_avg"))
+    _copy(target, source, () if same_labels else ("mapping.embed.", "mapping.fc0.", "mapping.class_w_offset"))
     for block in target.synthesis.blocks():
         if block.conv1.res > source.config["res"]:
             assert block.torgb is not None
@@ -77,10 +77,6 @@ def fill_generator(target: Generator, source: Generator, same_labels: bool) -> N
             block.torgb.bias.zero_()
     if not same_labels:
         _remake_labels(target.mapping, source.mapping)
-    centers = target.mapping.class_w_avg
-    if centers is not None:
-        known = source.mapping.class_w_avg if same_labels else None
-        centers.copy_(source.mapping.w_avg if known is None else known)
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ _LR_MULTIPLIER = 0.01
 class MappingNetwork(nn.Module):
     """Maps z and c to `num_ws` copies of one w; `num_ws` None gives w itself, and no running mean of it.
 
-    `w_avg` [w_dim] is the centre of truncation, and `class_w_avg` [c_dim, w_dim], where the network keeps it, that of
-    each class. They are not touched here: the trainer updates them from statistics that are averaged over all
-    processes.
+    `w_avg` [w_dim] is the centre of truncation. `class_w_offset` [c_dim, w_dim], where the network keeps mean styles of
+    classes, is how far the mean of each class lies from it: w_avg + c class_w_offset is the centre of label c. They are
+    not touched here: the trainer updates them from statistics that are averaged over all processes.
     """
 
     w_avg: torch.Tensor
-    class_w_avg: torch.Tensor | None
+    class_w_offset: torch.Tensor | None
 
     def __init__(
         self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, class_w_avg: bool = False
@@ -40,7 +40,7 @@ class MappingNetwork(nn.Module):
             features = w_dim
         if num_ws is not None:
             self.register_buffer("w_avg", torch.zeros(w_dim))
-        self.register_buffer("class_w_avg", torch.zeros(c_dim, w_dim) if class_w_avg else None)
+        self.register_buffer("class_w_offset", torch.zeros(c_dim, w_dim) if class_w_avg else None)
 
     def forward(
         self,
@@ -77,7 +77,7 @@ class MappingNetwork(nn.Module):
             return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
         center = self.w_avg
-        if class_centers and self.class_w_avg is not None:
+        if class_centers and self.class_w_offset is not None:
             assert c is not None
-            center = (c.float() @ self.class_w_avg)[:, None]
+            center = (center + c.float() @ self.class_w_offset)[:, None]
         return torch.cat([center.lerp(ws[:, :cutoff], truncation_psi), ws[:, cutoff:]], dim=1)

@@ -7,10 +7,19 @@ To add one, write its file and name it here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from stylepipe.config import AugmentConfig, Config, filled, largest_divisor, overlay, validate
+from stylepipe.config import (
+    AUGMENTATIONS,
+    AugmentConfig,
+    AugmentMode,
+    Config,
+    filled,
+    largest_divisor,
+    overlay,
+    validate,
+)
 from stylepipe.errors import UserError
 from stylepipe.presets import auto, paper256, paper1024, stylegan2, transfer
 
@@ -29,8 +38,15 @@ CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 
 # Where ada begins, what fixed and diff keep and schedule reaches: Karras et al. 2020 (arXiv:2006.06676) for the first
 # (the paper's fixed p is the user's to choose: a mild one here), Zhao et al. 2020 (arXiv:2006.10738), Huang et al. 2024
 # (arXiv:2501.05441).
-AUGMENT_P = {"ada": 0.0, "fixed": 0.2, "diff": 1.0, "schedule": 0.3}
+AUGMENT_P: Mapping[str, float] = {"ada": 0.0, "fixed": 0.2, "diff": 1.0, "schedule": 0.3}
 ADA_SPEED_KIMG = 500.0
+AUGMENT_USES: Mapping[AugmentMode, Collection[str]] = {
+    "none": (),
+    "ada": ("pipe", "p", "target", "interval", "speed_kimg", *AUGMENTATIONS),
+    "fixed": ("pipe", "p", *AUGMENTATIONS),
+    "schedule": ("pipe", "p", "schedule_kimg", *AUGMENTATIONS),
+    "diff": ("p",),
+}
 
 
 def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None) -> Config:
@@ -50,7 +66,9 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
         raise UserError(f"--preset {name}: unknown preset; {hint}")
     defaults = PRESETS[name](config.res, world_size, config.batch_size)
     batch_gpu_given = config.batch_gpu is not None
-    config = with_augment(overlay(replace(defaults, preset=name), config))
+    augment = config.augment or defaults.augment or "none"
+    check_augment(config.aug, augment)
+    config = with_augment(overlay(replace(defaults, preset=name), config), augment)
     validate(config)
 
     batch_size = filled(config.batch_size)
@@ -80,11 +98,26 @@ def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
     return replace(config, batch_gpu=batch_gpu, network=replace(config.network, mbstd_group_size=group))
 
 
-def with_augment(config: Config) -> Config:
-    """Fill what the way of augmenting leaves open: none unless asked for, else the numbers of its paper."""
-    mode = config.augment or "none"
-    filling = AugmentConfig(p=AUGMENT_P.get(mode), speed_kimg=ADA_SPEED_KIMG, schedule_kimg=config.kimg)
-    return replace(config, augment=mode, aug=overlay(filling, config.aug))
+def check_augment(aug: AugmentConfig, mode: AugmentMode) -> None:
+    """Refuse options that this way of augmenting would leave unused: nobody shall train on without noticing.
+
+    Raises:
+        UserError: names the option, and the ways that use it.
+    """
+    for name, value in vars(aug).items():
+        if value != getattr(AugmentConfig(), name) and name not in AUGMENT_USES[mode]:
+            ways = ", ".join(way for way, uses in AUGMENT_USES.items() if name in uses)
+            raise UserError(
+                f"--aug.{name.replace('_', '-')} {value}: --augment {mode} makes no use of it; leave it out, or choose "
+                f"--augment {ways}"
+            )
+
+
+def with_augment(config: Config, mode: AugmentMode) -> Config:
+    """Set the way of augmenting and fill what it leaves open with the numbers of its paper; no others stay."""
+    used = AugmentConfig(**{name: value for name, value in vars(config.aug).items() if name in AUGMENT_USES[mode]})
+    filling = AugmentConfig(p=AUGMENT_P.get(mode), speed_kimg=ADA_SPEED_KIMG if mode == "ada" else None)
+    return replace(config, augment=mode, aug=overlay(filling, used))
 
 
 def with_precision(config: Config, precision: str) -> Config:

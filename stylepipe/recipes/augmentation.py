@@ -50,7 +50,8 @@ class Augmentation:
         if self.p is not None:
             self.headline = {"p": "Progress/augment_p", "sign": "Logits/real_sign"}
         if config.augment == "schedule":
-            self._rise = (filled(aug.schedule_kimg) * 1000, filled(aug.p))
+            kimg = config.kimg if aug.schedule_kimg is None else aug.schedule_kimg
+            self._rise = (filled(kimg) * 1000, filled(aug.p))
 
     def __call__(self, img: Tensor, purpose: str, batch: MicroBatch) -> Tensor:
         """Return img [N, C, H, W] float32 as the discriminator sees it, for the images at the batch's positions.

@@ -94,19 +94,20 @@ def note_class_styles(record: Record, w: Tensor, c: Tensor) -> None:
     record.average("class_count", c.sum(dim=0))
 
 
-def follow_class_styles_(class_w_avg: Tensor, averages: Mapping[str, Tensor], weight: float) -> None:
-    """Move the mean style of each class that the step drew, and of no other, towards the mean of what it drew.
+def follow_class_styles_(class_w_offset: Tensor, w_avg: Tensor, averages: Mapping[str, Tensor], weight: float) -> None:
+    """Move the offset of each class that the step drew, and of no other, towards where the mean of what it drew lies.
 
     Averages of sums and of counts divide to the mean over all micro-batches and processes, however they share the
     images. What is inf or NaN moves nothing: the optimizer skips such a step as well.
 
     Args:
-        class_w_avg: [c_dim, w_dim] float32, changed.
+        class_w_offset: [c_dim, w_dim] float32, how far the mean style of each class is from w_avg; changed.
+        w_avg: [w_dim] float32, the mean style of all, which has followed the same step.
         averages: of what `note_class_styles` offered.
         weight: share of the way.
     """
     count = averages["class_count"].unsqueeze(1)
     drawn = count > 0
     mean = averages["class_w_sum"] / torch.where(drawn, count, 1)
-    moved = class_w_avg.lerp(mean, weight)
-    class_w_avg.copy_(torch.where(drawn & moved.isfinite(), moved, class_w_avg))
+    moved = class_w_offset.lerp(mean - w_avg, weight)
+    class_w_offset.copy_(torch.where(drawn & moved.isfinite(), moved, class_w_offset))

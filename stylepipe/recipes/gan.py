@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class GANRecipe:
             self.D.get_submodule(f"b{res}").requires_grad_(False)
         self.G_ema = copy.deepcopy(self.G).eval().requires_grad_(False)
         self.G_ema.mapping.w_avg = self.G.mapping.w_avg  # one buffer: it is a moving average already
-        self.G_ema.mapping.class_w_avg = self.G.mapping.class_w_avg
+        self.G_ema.mapping.class_w_offset = self.G.mapping.class_w_offset
         self.pl_mean = torch.zeros((), device=device)
         self.augment = Augmentation(config, self.draws, device)
 
@@ -85,6 +85,10 @@ class GANRecipe:
             "pl_mean": self.pl_mean,
             **{f"augment.{name}": tensor for name, tensor in self.augment.state.items()},
         }
+        self.optional: Collection[str] = {
+            "G.buffer.mapping.class_w_offset",
+            *(f"recipe.augment.{name}" for name in self.augment.state),
+        }
         self.phases: Sequence[Phase] = self._phases()
 
     def _phases(self) -> list[Phase]:
@@ -101,7 +105,7 @@ class GANRecipe:
         """L_G = -log sigmoid(D(G(z))), and of an auxiliary classifier - acgan_weight log P(C = c | G(z))."""
         ws, c = self._draw_ws("G/main", batch.positions)
         record.average("w", ws[:, 0].mean(dim=0))  # the first layer never has the mixed-in latent
-        if self.G.mapping.class_w_avg is not None:
+        if self.G.mapping.class_w_offset is not None:
             note_class_styles(record, ws[:, 0], c)
         img = self._synthesize("G/main", batch.positions, ws)
         fake_logits, fake_classes = self.D.judge(self.augment(img, "G/main", batch), c)
@@ -230,8 +234,8 @@ class GANRecipe:
         del stage
         mapping = self.G.mapping
         _follow_(mapping.w_avg, averages["w"], 1 - W_AVG_DECAY)
-        if mapping.class_w_avg is not None:
-            follow_class_styles_(mapping.class_w_avg, averages, 1 - W_AVG_DECAY)
+        if mapping.class_w_offset is not None:
+            follow_class_styles_(mapping.class_w_offset, mapping.w_avg, averages, 1 - W_AVG_DECAY)
 
     def _follow_pl_mean(self, averages: Mapping[str, Tensor], stage: Stage) -> None:
         del stage

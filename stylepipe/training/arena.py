@@ -5,7 +5,7 @@ Averaging over processes, optimizer, moving average, finite check and checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -65,3 +65,9 @@ def mark_trained(parameters: Iterable[nn.Parameter], trained: bool) -> None:
     """Let gradients flow to the parameters, or not."""
     for p in parameters:
         p.requires_grad_(trained)
+
+
+def mark_only(trained: Mapping[str, Iterable[nn.Parameter]], name: str) -> None:
+    """Let gradients flow to the parameters of that name and to no others; what is frozen is not among them."""
+    for other, parameters in trained.items():
+        mark_trained(parameters, other == name)

@@ -116,11 +116,11 @@ class Engine:
     def load_state(self, tensors: Mapping[str, Tensor], images_seen: int) -> None:
         """Take over what `state` returned; names and shapes must be those of this engine.
 
-        Tensors of the recipe and buffers may be missing, since options may change within a run; they stay as they are.
+        What the recipe names optional may be missing, since its options may change within a run; it stays as it is.
         """
         self.images_seen = images_seen
         for name, tensor in self.state().items():
-            if (name.startswith("recipe.") or ".buffer." in name) and name not in tensors:
+            if name in self.recipe.optional and name not in tensors:
                 continue
             assert tensor.shape == tensors[name].shape, name
             tensor.copy_(tensors[name])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from stylepipe.training.arena import mark_trained, trained_parameters
+from stylepipe.training.arena import mark_only, mark_trained, trained_parameters
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
 _COPIES = 5  # of every weight: parameter, gradient, two moments, moving average
@@ -63,8 +63,7 @@ def _cost(
     recipe: Recipe, trained: Mapping[str, list[nn.Parameter]], phase: Phase, res: int, c_dim: int, batch_gpu: int
 ) -> tuple[float, int]:
     """Return operations and bytes of kept activations of one phase on one micro-batch."""
-    for name, parameters in trained.items():
-        mark_trained(parameters, name == phase.trains)
+    mark_only(trained, phase.trains)
     resident = {_storage(p)[0] for net in recipe.networks.values() for p in net.parameters()}
     kept: dict[int, int] = {}
     largest = peak = 0

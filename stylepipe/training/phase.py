@@ -5,7 +5,7 @@ A recipe names its networks and phases; the engine knows neither generator nor d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -112,6 +112,7 @@ class Recipe(Protocol):
         schedule: the stage at every point of the image counter.
         headline: names of the statistics to show while training, by a short label.
         state: further tensors that resuming needs, by name; changed in place.
+        optional: those of the engine's state that an option brings, which a state saved without it lacks.
     """
 
     networks: Mapping[str, nn.Module]
@@ -121,6 +122,7 @@ class Recipe(Protocol):
     schedule: Schedule
     headline: Mapping[str, str]
     state: Mapping[str, Tensor]
+    optional: Collection[str]
 
     def sample(self, columns: int, rows: int, batch_gpu: int) -> Tensor:
         """Return images for a grid at fixed latents, row by row, [N, H, W, 3] uint8 on the host."""

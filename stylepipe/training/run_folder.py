@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stylepipe.config import Config
 from stylepipe.errors import UserError
@@ -16,6 +17,12 @@ from stylepipe.training.checkpoint import State, load_state, newest_state
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
+
+# Options of the networks without which a state's weights have no place.
+_OF_WEIGHTS = (
+    *("z_dim", "w_dim", "channel_base", "channel_max", "mapping_layers"),
+    *("g_architecture", "d_architecture", "mbstd_channels", "d_conditioning"),
+)
 
 
 def find_state(config: Config) -> State | None:
@@ -26,6 +33,28 @@ def find_state(config: Config) -> State | None:
         return load_state(Path(config.resume))
     newest = newest_state(Path(config.out)) if config.out is not None else None
     return load_state(newest) if newest is not None else None
+
+
+def check_goes_on(config: Config, state: State) -> None:
+    """See that the networks of a state fit these settings, as far as the state's own settings tell.
+
+    Raises:
+        UserError: names the first option that differs, with both values.
+    """
+    saved = state.info.get("config", {})
+    now: dict[str, Any] = {"res": config.res, "cond": config.cond}
+    now |= {f"network.{name}": getattr(config.network, name) for name in _OF_WEIGHTS}
+    before = {name: saved[name] for name in ("res", "cond") if name in saved}
+    before |= {f"network.{name}": value for name, value in saved.get("network", {}).items()}
+    for name, value in now.items():
+        if name not in before or before[name] == value:
+            continue
+        init = saved.get("init")
+        again = f"--init {init}, as that run had, " if init is not None and config.init is None else ""
+        raise UserError(
+            f"{_flag(name, value)}: {state.path} is of a run with {_flag(name, before[name])}; give {again}the "
+            f"settings of that run (its config.yaml, with --config), or another --out"
+        )
 
 
 def make_run_folder(config: Config, data_name: str, state: State | None) -> Path:
@@ -68,6 +97,13 @@ def only_run_in(out: Path) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             logger.warning("%s cannot be locked (%s); see that only one run uses it", out, error.strerror)
         yield
+
+
+def _flag(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"
 
 
 def _next_run(name: str) -> Path:

@@ -8,19 +8,19 @@ at two batch sizes, so that weights, whose traffic is the same for any batch, dr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stylepipe.kernels import native
-from stylepipe.training.arena import mark_trained
+from stylepipe.training.arena import mark_only, trained_parameters
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
 _aten = torch.ops.aten
@@ -76,7 +76,8 @@ def count_traffic(
     counts = []
     for size in batch_sizes:
         recipe = trial(size)
-        counts.append([_count_phase(recipe, phase, res, size, compiled) for phase in recipe.phases])
+        trained = {name: trained_parameters(network) for name, network in recipe.networks.items()}
+        counts.append([_count_phase(recipe, trained, phase, res, size, compiled) for phase in recipe.phases])
     per_image = 1 / (batch_sizes[1] - batch_sizes[0])
     return [
         PhaseTraffic(
@@ -89,23 +90,22 @@ def count_traffic(
     ]
 
 
-def _count_phase(recipe: Recipe, phase: Phase, res: int, batch_size: int, compiled: bool) -> PhaseTraffic:
+def _count_phase(
+    recipe: Recipe, trained: Mapping[str, list[nn.Parameter]], phase: Phase, res: int, batch_size: int, compiled: bool
+) -> PhaseTraffic:
     """Return the bytes of a phase on one micro-batch, of all its images together."""
-    network = recipe.networks[phase.trains]
-    for other in recipe.networks.values():
-        mark_trained(other.parameters(), other is network)
+    mark_only(trained, phase.trains)
     device = torch.device("meta")
     img = torch.zeros(batch_size, 3, res, res, device=device).to(memory_format=torch.channels_last)
     batch = MicroBatch(
         list(range(batch_size)), recipe.schedule.at(0), img if phase.uses_reals else None,
         torch.zeros(batch_size, 0, device=device),
     )  # fmt: skip
-    trained = list(network.parameters())
     loss = gradient = Traffic()
     with counting(compiled=compiled) as counter:
         for term in phase.loss(batch, Record(device)):
             loss += counter.take()
-            torch.autograd.grad(term, trained, allow_unused=True)
+            torch.autograd.grad(term, trained[phase.trains], allow_unused=True)
             gradient += counter.take()
     return PhaseTraffic(phase.name, phase.interval, loss, gradient)
 

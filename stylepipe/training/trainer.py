@@ -106,6 +106,9 @@ class Trainer:
         self._seconds = 0.0
         settings = config_mapping(config)
         self._changes = [] if state is None else changed_settings(state.info.get("config", {}), settings)
+        if state is not None and config.augment == "ada" == state.info.get("config", {}).get("augment"):
+            # The state's p goes on: the option says where a training begins.
+            self._changes = [line for line in self._changes if " aug.p " not in line]
         if self.is_main:
             with atomic_path(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))

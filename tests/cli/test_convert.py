@@ -102,12 +102,34 @@ def test_there_and_back_again(theirs: str, capsys: pytest.CaptureFixture[str]) -
     assert run("convert", ["back.pt", "again.safetensors"]) == 0
     assert "the licence is what back.pt says: MIT" in capsys.readouterr().err
     assert read_header("again.safetensors").metadata["license"] == "MIT"
+    assert read_header("again.safetensors").metadata["derived_from"] == "back.pt < a.safetensors < theirs.pt"
     for name in (None, "G", "D"):
         first, again = (load_network(path, name=name).state_dict() for path in ("a.safetensors", "again.safetensors"))
         assert first.keys() == again.keys()
         assert all(torch.equal(first[key], again[key]) for key in first)
     before, after = torch.load("back.pt", weights_only=True), rosinality_checkpoint()
     assert before["g_ema"].keys() == after["g_ema"].keys()
+
+
+def test_another_licence_than_the_known_one_is_said(theirs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", [theirs, "a.safetensors", "--license", "MIT"]) == 0
+    assert "the licence becomes" not in capsys.readouterr().err
+    assert run("convert", ["a.safetensors", "b.pt", "--to", "rosinality", "--license", "BSD-2-Clause"]) == 0
+    assert "the licence becomes BSD-2-Clause; a.safetensors says MIT" in capsys.readouterr().err
+    assert run("convert", ["b.pt", "c.safetensors", "--license", "GPL-3.0"]) == 0
+    assert "the licence becomes GPL-3.0; b.pt says BSD-2-Clause" in capsys.readouterr().err
+    assert read_header("c.safetensors").metadata["license"] == "GPL-3.0"
+
+
+def test_what_can_be_refused_at_once_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def read(path: Path) -> None:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("stylepipe.cli.convert.import_checkpoint", read)
+    assert run("convert", ["a.pkl", "a.safetensors"]) == 2
+    assert "such as --license MIT" in capsys.readouterr().err
+    assert run("convert", ["a.pkl", "new/a.safetensors", "--license", "MIT"]) == 2
+    assert "new/a.safetensors: there is no folder new; make it, or name another" in capsys.readouterr().err
 
 
 def test_the_same_image_by_whichever_form(official: str) -> None:
@@ -128,11 +150,11 @@ def test_mistakes(theirs: str, capsys: pytest.CaptureFixture[str]) -> None:
         r"expected a name that ends in .safetensors": [theirs, "a.pt"],
         r"expected a name that ends in .pt": [theirs, "a.safetensors", "--to", "rosinality"],
         r"a network file already; to another form": ["there.safetensors", "a.safetensors"],
-        r"cannot read absent.pkl: No such file": ["absent.pkl", "a.safetensors"],
+        r"cannot read absent.pkl: No such file": ["absent.pkl", "a.safetensors", "--license", "MIT"],
         r"cannot read .: Is a directory": [".", "a.safetensors"],
         r"--license '': expected one line": [theirs, "a.safetensors", "--license", ""],
         r"--license 'a\nb': expected one line": [theirs, "a.safetensors", "--license", "a\nb"],
-        r"theirs.pt: not a network file": [theirs, "a.pt", "--to", "rosinality"],
+        r"theirs.pt OUT.safetensors makes one": [theirs, "a.pt", "--to", "rosinality"],
         r"holds a stylegan2.Discriminator; expected a generator": ["d.safetensors", "a.pt", "--to", "rosinality"],
     }
     for message, argv in mistakes.items():

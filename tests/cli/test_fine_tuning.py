@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from stylepipe.cli.initial import settings_of, start_from
+from stylepipe.cli.initial import origin_of, settings_of, start_from
 from stylepipe.cli.main import main
 from stylepipe.cli.train import parse
 from stylepipe.config import Config, LossConfig
@@ -262,6 +262,50 @@ def test_labels_of_the_same_names_are_kept_and_others_made_anew(tmp_path: Path) 
     assert kept(2, ["dogs", "cats"]), "imported: nothing is known of their names"
 
 
+def test_parts_of_equal_labels_that_are_left_out_or_new_are_told(tmp_path: Path) -> None:
+    G = Generator(16, z_dim=16, w_dim=24, c_dim=2, mapping_layers=3, class_w_avg=True, **CHANNELS)
+    D, path = Discriminator(16, c_dim=2, conditioning="both", **CHANNELS), str(tmp_path / "classes.safetensors")
+
+    def told(class_w_avg: bool, conditioning: str) -> list[str]:
+        network = dataclasses.replace(
+            parse(["--init", path]).network, d_conditioning=conditioning, class_w_avg=class_w_avg
+        )
+        loss = LossConfig(acgan_weight=float(conditioning != "projection"))
+        return start_from(recipe_for(Path(path), 2, cond=True, network=network, loss=loss), path, ["cats", "dogs"])[1:]
+
+    save_network(path, G, beside={"D": D})
+    assert told(True, "both") == []
+    assert told(False, "projection") == [
+        "left out: mean styles of classes of the file, which --network.class-w-avg would keep",
+        "left out: D's auxiliary classifier of the file, which --network.d-conditioning aux or both, with "
+        "--loss.acgan-weight would keep",
+    ]
+    (line,) = told(True, "aux")
+    assert line.startswith("left out: D's projection of labels")
+    plain = Generator(16, z_dim=16, w_dim=24, c_dim=2, mapping_layers=3, **CHANNELS)
+    save_network(path, plain, beside={"D": Discriminator(16, c_dim=2, **CHANNELS)})
+    assert told(False, "projection") == []
+    assert told(True, "both") == [
+        "new: mean styles of classes, which the file has not",
+        "new: D's auxiliary classifier, which the file has not",
+    ]
+
+
+def test_what_a_file_is_derived_from_is_kept(source: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    save_network(path, load_network(source), metadata={"derived_from": "a.pkl", "license": "MIT"})
+    assert origin_of(str(path)) == {"derived_from": "b.safetensors < a.pkl", "license": "MIT"}
+
+
+def test_going_on_without_init_says_what_is_missing(source: Path, tuned: Path, tmp_path: Path, capsys: Any) -> None:
+    """Before any photograph is opened."""
+    arguments = ["train", "--data", str(tmp_path / "absent"), "--out", str(tuned), "--res", "16", *COMMON]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "--network.z-dim 512: " in error
+    assert f"is of a run with --network.z-dim 16; give --init {source}, as that run had, " in error
+
+
 def test_freezing_keeps_the_first_levels_of_the_file(source: Path, photographs: Path, tmp_path: Path) -> None:
     assert main(tune(source, photographs, tmp_path / "run", "--freeze-d", "1")) == 0
     before = load_network(source, name="D").state_dict()
@@ -303,7 +347,14 @@ MISTAKES = {
     "architecture": (["--network.d-architecture", "skip"], "--network.d-architecture skip: --init {source} has resnet"),
     "too large": (["--res", "128"], "--res 128: the discriminator to start from would have 4 feature maps there"),
     "resume": (["--resume", "state-000000.016"], "a state holds networks already; give one of them"),
-    "freeze grown": (["--res", "32", "--freeze-d", "1"], "at --res 32 the first levels are new"),
+    "freeze grown": (
+        ["--res", "32", "--freeze-d", "1"],
+        "--freeze-d 1: at --res 32 the discriminator has first layers",
+    ),
+    "freeze shrunk": (["--res", "8", "--freeze-d", "1"], "--freeze-d 1: at --res 8 the discriminator has first layers"),
+    "names": (["--init", "{names}"], "names.safetensors: the names of its classes in the header are damaged"),
+    "foreign": (["--init", "{foreign}"], "a.pkl: not a network file"),
+    "convert": (["--init", "{foreign}"], "a.pkl OUT.safetensors makes one"),
     "freeze all": (["--freeze-d", "3"], "--freeze-d 3: expected at most 2, the levels above 4 px at --res 16"),
     "freeze nothing": (
         ["--init", "{no_d}", "--freeze-d", "1"],
@@ -316,6 +367,9 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_gets_one_message(case: str, source: Path, photographs: Path, tmp_path: Path, capsys: Any) -> None:
     files = {name: tmp_path / f"{name}.safetensors" for name in ("truncated", "d_only", "mixed", "no_d")}
+    files |= {"names": tmp_path / "names.safetensors", "foreign": tmp_path / "a.pkl"}
+    files["foreign"].write_bytes(b"\x80\x04}.")
+    save_network(files["names"], Generator(16, c_dim=2, z_dim=16, **CHANNELS), metadata={"classes": "oops"})
     files["truncated"].write_bytes(source.read_bytes()[:-10])
     save_network(files["d_only"], Discriminator(16, **CHANNELS))
     G = Generator(16, z_dim=16, **CHANNELS)

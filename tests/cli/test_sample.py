@@ -206,7 +206,10 @@ def test_a_label_of_numbers(tmp_path: Path, labelled: Path) -> None:
         with pytest.raises(UserError, match=f"--label {label}: expected 2 finite numbers"):
             sample(SampleOptions(network, label=label))
     for options, message in (
-        (SampleOptions(network), "--class missing: this network draws labels of 2 numbers; give them with --label"),
+        (
+            SampleOptions(network),
+            "--label missing: this network draws labels of 2 numbers; give them as --label 0.1,-0.7$",
+        ),
         (SampleOptions(network, class_name="1"), "--class 1: this network draws labels of 2 numbers"),
         (SampleOptions(network, class_name="1", label="1,2"), "--label 1,2: there is --class 1 already"),
     ):
@@ -215,7 +218,7 @@ def test_a_label_of_numbers(tmp_path: Path, labelled: Path) -> None:
 
 
 def test_a_class_that_is_not_there(labelled: Path, tmp_path: Path) -> None:
-    for wrong in (None, "3", "-1", "dog", "¹"):
+    for wrong in (None, "3", "-1", "dog", "¹", "1" * 5000):
         found = wrong or "missing"
         with pytest.raises(UserError, match=f"--class {found}: .* 3 classes; expected 0 to 2, or all, or a name: cats"):
             sample(SampleOptions(labelled, class_name=wrong))
@@ -227,7 +230,7 @@ def test_a_class_that_is_not_there(labelled: Path, tmp_path: Path) -> None:
     assert red(Path("two/seed0000.png")) == expected_red(0, label=2)
     with pytest.raises(UserError, match=r"--class cats: .* expected 0 to 2, or all$"):
         sample(SampleOptions(nameless, class_name="cats"))
-    for damaged in ("[", '["one"]', "[1, 2, 3]"):
+    for damaged in ("[", '["one"]', "[1, 2, 3]", "[" * 100_000):
         save_network(nameless, Generator(c_dim=3), metadata={"classes": damaged})
         with pytest.raises(UserError, match="names of its classes in the header are damaged"):
             sample(SampleOptions(nameless, class_name="2"))

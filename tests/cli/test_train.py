@@ -302,9 +302,15 @@ def test_an_unknown_option_is_answered_with_the_nearest(capsys):
 
 def test_a_state_of_other_networks_is_refused(finished, shards, tmp_path, capsys):
     state = str(finished / "state-000000.064")
-    arguments = options(shards, tmp_path / "out", 0.128, "--resume", state, "--network.channel-max", "16")
-    assert main(arguments) == 2
-    assert "checkpoint of other networks" in capsys.readouterr().err
+    for more, named in (
+        (["--network.channel-max", "16"], "--network.channel-max 16: {state} is of a run with --network.channel-max 8"),
+        (["--res", "32"], "--res 32: {state} is of a run with --res 16"),
+        (["--cond"], "--cond: {state} is of a run with --no-cond"),
+    ):
+        # Before the data is looked at: preparing it may take long.
+        arguments = options(tmp_path / "absent", tmp_path / "out", 0.128, "--resume", state, *more)
+        assert main(arguments) == 2
+        assert named.format(state=state) in capsys.readouterr().err
 
 
 def test_a_truncated_state_is_refused(finished, shards, tmp_path, capsys):

@@ -63,7 +63,7 @@ def test_classes_from_photographs_to_pictures(photographs: Path, tmp_path: Path)
 
     network = out / "network-000000.016.safetensors"
     assert json.loads(read_header(network).metadata["classes"]) == ["cats", "dogs", "owls"]
-    assert stylepipe.load_network(network).mapping.class_w_avg.any()
+    assert stylepipe.load_network(network).mapping.class_w_offset.any()
     sample = ["sample", str(network), "--seeds", "0,1", "--trunc", "0.5", "--out"]
     assert main([*sample, str(tmp_path / "all.png"), "--class", "all", "--grid", "2x3"]) == 0
     for row, name in enumerate(COLOURS):
@@ -86,7 +86,7 @@ def test_vectors_from_photographs_to_pictures(
     assert stylepipe.load_network(network).c_dim == 2
     assert main(["sample", str(network), "--label", "0.3,-1.5", "--seeds", "0", "--out", str(tmp_path / "a")]) == 0
     assert main(["sample", str(network), "--class", "1"]) == 2
-    assert "draws labels of 2 numbers; give them with --label" in capsys.readouterr().err
+    assert "--class 1: this network draws labels of 2 numbers; give them as --label 0.1,-0.7" in capsys.readouterr().err
     for option in (["--network.class-w-avg"], ["--network.d-conditioning", "aux", "--loss.acgan-weight", "1"]):
         assert main([*train, "--out", str(tmp_path / "refused"), *option]) == 2
         assert "the labels of this data are vectors" in capsys.readouterr().err

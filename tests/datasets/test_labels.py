@@ -15,6 +15,7 @@ from PIL import Image
 
 from stylepipe.datasets.cache import dataset_for_training, label_dimensions
 from stylepipe.datasets.labels import LABEL_FILE
+from stylepipe.datasets.manifest import Manifest
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset, open_dataset, verify
@@ -97,6 +98,9 @@ def test_folders_with_vectors_are_of_format_two_and_others_as_they_were(source: 
     label(source, list(zip(NAMES, VECTORS, strict=True)))
     manifest = json.loads((prepared(source).path / "manifest.json").read_text())
     assert (manifest.keys(), manifest["format_version"]) == (version_one | {"labels"}, 2)
+    for damaged in (manifest | {"format_version": 1}, [manifest], "a"):
+        with pytest.raises(ValueError, match="it names labels, which format version 1 has not|it is no JSON object"):
+            Manifest.from_json(json.dumps(damaged))
 
 
 def test_damaged_vectors_are_named(source: Path) -> None:

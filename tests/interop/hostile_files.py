@@ -236,6 +236,26 @@ def hostile_files() -> dict[str, Hostile]:
         "protocol 0": Hostile(b"cos\nsystem\n(S'touch SENTINEL'\ntR.", "neither a pickle nor an archive"),
         "protocol 9": Hostile(b"\x80\x09N.", "pickle protocol 9"),
         # --- bombs
+        "keys of one hash": plain(
+            DICT + MARK + b"".join(number(k * (2**61 - 1)) + NONE for k in range(1, 30_000)) + SETITEMS,
+            "the number .* as a key",
+        ),
+        "one storage called ten thousand times": plain(
+            name(*into) + put(0) + POP + data(legacy(text("é" * 400_000) + POP + storage())) + put(1)
+            + (POP + get(0) + get(1) + TUPLE1 + REDUCE) * 10_000,
+            "holds a Storage",
+        ),
+        "a hundred thousand entries": Hostile(
+            archive(P2 + DICT + STOP, **{f"data__{i}": b"" for i in range(1, 100_000)}), "entries in the archive"
+        ),
+        "a stride that no machine has": Hostile(
+            archive(
+                P2
+                + items((text("G_ema"), module(parameters=items((text("w"), tensor(size=(1, 4), stride=(2**100, 1)))))))
+                + STOP
+            ),
+            "not a StyleGAN2 network",
+        ),
         "lists doubled 60 times": plain(
             doubled(LIST, lambda v: LIST + MARK + v + v + APPENDS, 60), "holds a list; expected a dictionary"
         ),

@@ -136,7 +136,17 @@ def test_new_labels_start_as_the_network_without() -> None:
     fill_generator(target, source, False)
     torch.testing.assert_close(target(z, torch.eye(3)), source(z), rtol=1e-4, atol=1e-4)
     assert torch.equal(target.mapping.w_avg, source.mapping.w_avg)
-    assert torch.equal(target.mapping.class_w_avg, source.mapping.w_avg.expand(3, -1))
+    centers = target.mapping(z, torch.eye(3), truncation_psi=0)
+    assert torch.equal(centers, source.mapping.w_avg.expand_as(centers))
+
+
+@pytest.mark.parametrize("same_labels", [True, False])
+def test_mean_styles_of_the_same_classes_are_kept(same_labels: bool) -> None:
+    source, target, z = generator(c_dim=3, class_w_avg=True), generator(c_dim=3, class_w_avg=True), torch.randn(3, 12)
+    source.mapping.class_w_offset.normal_()
+    fill_generator(target, source, same_labels)
+    found, theirs = (G.mapping(z, torch.eye(3), truncation_psi=0) for G in (target, source))
+    assert torch.equal(found, theirs if same_labels else source.mapping.w_avg.expand_as(found))
 
 
 @pytest.mark.parametrize("c_dim", [0, 2, 3])

@@ -96,7 +96,7 @@ def test_without_their_options_networks_are_what_they_were() -> None:
     G, D = small_generator(c_dim=3), Discriminator(16, c_dim=3, **SMALL)
     torch.manual_seed(3)
     more = small_generator(c_dim=3, class_w_avg=True), Discriminator(16, c_dim=3, conditioning="both", **SMALL)
-    added = {"mapping.class_w_avg": G, "b4.aux.weight": D, "b4.aux.bias": D}
+    added = {"mapping.class_w_offset": G, "b4.aux.weight": D, "b4.aux.bias": D}
     for plain, extended in zip((G, D), more, strict=True):
         state, larger = plain.state_dict(), extended.state_dict()
         assert larger.keys() - state.keys() == {name for name, network in added.items() if network is plain}
@@ -168,13 +168,15 @@ def test_truncation_pulls_the_leading_styles_to_their_mean() -> None:
 def test_truncation_pulls_towards_the_class_where_its_mean_is_kept() -> None:
     G = small_generator(c_dim=3, class_w_avg=True)
     G.mapping.w_avg.copy_(torch.randn(12))
-    G.mapping.class_w_avg.copy_(torch.randn(3, 12))
     z, c = torch.randn(2, 8), torch.eye(3)[[2, 0]]
     ws = G.mapping(z, c)
-    torch.testing.assert_close(G.mapping(z, c, 0), G.mapping.class_w_avg[[2, 0]][:, None].expand_as(ws))
+    torch.testing.assert_close(G.mapping(z, c, 0), G.mapping.w_avg.expand_as(ws), msg="nothing is known of classes yet")
+    G.mapping.class_w_offset.copy_(torch.randn(3, 12))
+    centers = G.mapping.w_avg + G.mapping.class_w_offset[[2, 0]]
+    torch.testing.assert_close(G.mapping(z, c, 0), centers[:, None].expand_as(ws))
     torch.testing.assert_close(G.mapping(z, c, 0, class_centers=False), G.mapping.w_avg.expand_as(ws))
     cut = G.mapping(z, c, truncation_psi=0.25, truncation_cutoff=1)
-    torch.testing.assert_close(cut[:, 0], 0.25 * ws[:, 0] + 0.75 * G.mapping.class_w_avg[[2, 0]])
+    torch.testing.assert_close(cut[:, 0], 0.25 * ws[:, 0] + 0.75 * centers)
     torch.testing.assert_close(cut[:, 1:], ws[:, 1:])
 
 

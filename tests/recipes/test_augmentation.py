@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stylepipe.config import AugmentConfig, Config, NetworkConfig
+from stylepipe.errors import UserError
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.augmentation import Augmentation
 from stylepipe.recipes.gan import GANRecipe
@@ -43,7 +44,8 @@ def img() -> torch.Tensor:
 )
 def test_what_is_left_open_is_filled_from_the_papers(mode: str, p: float | None) -> None:
     assert resolved(augment=mode).aug.p == p
-    assert resolved(augment=mode, aug=AugmentConfig(p=0.7)).aug.p == 0.7
+    if p is not None:
+        assert resolved(augment=mode, aug=AugmentConfig(p=0.7)).aug.p == 0.7
 
 
 def test_without_augmentation_the_discriminator_sees_the_image_itself(img: torch.Tensor) -> None:
@@ -53,9 +55,19 @@ def test_without_augmentation_the_discriminator_sees_the_image_itself(img: torch
     assert augment.p is None
 
 
-@pytest.mark.parametrize("mode", ["ada", "fixed", "schedule", "diff"])
-def test_an_images_augmentation_follows_from_its_position_and_use(mode: str, img: torch.Tensor) -> None:
-    config = resolved(augment=mode, aug=dataclasses.replace(STRONG, schedule_kimg=1.0))
+@pytest.mark.parametrize(
+    ("mode", "aug"),
+    [
+        ("ada", STRONG),
+        ("fixed", STRONG),
+        ("schedule", dataclasses.replace(STRONG, schedule_kimg=1.0)),
+        ("diff", AugmentConfig()),
+    ],
+)
+def test_an_images_augmentation_follows_from_its_position_and_use(
+    mode: str, aug: AugmentConfig, img: torch.Tensor
+) -> None:
+    config = resolved(augment=mode, aug=aug)
     augment = Augmentation(config, Draws(0, CPU), CPU)
     whole = augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=1000))
     part = augment(img[[5, 2]], "D/main/real", micro_batch([5, 2], images_seen=1000))
@@ -80,8 +92,44 @@ def test_a_schedule_follows_the_clock(img: torch.Tensor) -> None:
     assert augment.state == {}  # nothing but the clock
 
 
-def test_the_schedule_is_the_length_of_the_training_unless_said() -> None:
-    assert resolved(augment="schedule", kimg=7.0).aug.schedule_kimg == 7.0
+def test_the_schedule_is_the_length_of_the_training_unless_said(img: torch.Tensor) -> None:
+    config = resolved(augment="schedule", kimg=2.0, aug=AugmentConfig(p=0.5))
+    assert config.aug.schedule_kimg is None  # so that a longer --kimg stretches it
+    augment = Augmentation(config, Draws(0, CPU), CPU)
+    augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=1000))
+    assert float(augment.p) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("mode", "aug", "message"),
+    [
+        ("none", AugmentConfig(p=0.5), "--aug.p 0.5: --augment none makes no use of it.* ada, fixed, schedule, diff"),
+        ("none", AugmentConfig(rotate90=0.5), "--aug.rotate90 0.5: --augment none"),
+        (
+            "diff",
+            AugmentConfig(pipe="color"),
+            "--aug.pipe color: --augment diff .*choose --augment ada, fixed, schedule$",
+        ),
+        ("fixed", AugmentConfig(target=0.5), "--aug.target 0.5: --augment fixed .*choose --augment ada$"),
+        ("ada", AugmentConfig(schedule_kimg=4), "--aug.schedule-kimg 4: --augment ada .*choose --augment schedule$"),
+        (None, AugmentConfig(p=0.5), "--aug.p 0.5: --augment none"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(mode: str | None, aug: AugmentConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolved(preset="paper256", augment=mode, aug=aug)
+
+
+@pytest.mark.parametrize("mode", ["none", "ada", "fixed", "schedule", "diff"])
+def test_a_resolved_config_is_accepted_again(mode: str) -> None:
+    config = resolved(preset="transfer", augment=mode)
+    assert resolve(config, 1) == config
+
+
+def test_strengths_that_leave_nothing_are_refused() -> None:
+    config = resolved(augment="fixed", aug=AugmentConfig(pipe="noise", noise=0.0))
+    with pytest.raises(UserError, match="--aug.pipe noise: every strength is 0"):
+        Augmentation(config, Draws(0, CPU), CPU)
 
 
 @pytest.mark.parametrize(("target", "end"), [(-0.99, 0.004), (0.99, 0.0)])
@@ -109,9 +157,9 @@ def test_every_image_that_reaches_the_discriminator_is_augmented(phase: str, img
         assert torch.equal(judged, augmented)
 
 
-@pytest.mark.parametrize("mode", ["ada", "diff"])
-def test_gradients_pass_through_to_the_generator(mode: str) -> None:
-    recipe = GANRecipe(resolved(augment=mode, aug=STRONG), CPU)
+@pytest.mark.parametrize(("mode", "aug"), [("ada", STRONG), ("diff", AugmentConfig())])
+def test_gradients_pass_through_to_the_generator(mode: str, aug: AugmentConfig) -> None:
+    recipe = GANRecipe(resolved(augment=mode, aug=aug), CPU)
     for term in recipe.g_main(micro_batch(list(range(8))), Record(CPU)):
         term.backward()
     for name, p in recipe.G.named_parameters():
@@ -142,7 +190,7 @@ def test_a_state_from_before_augmentation_goes_on(img: torch.Tensor) -> None:
     from stylepipe.training.engine import Engine
 
     def engine(mode: str) -> Engine:
-        config = resolved(augment=mode, aug=AugmentConfig(p=0.25))
+        config = resolved(augment=mode, aug=AugmentConfig(p=0.25) if mode == "ada" else AugmentConfig())
         return Engine(GANRecipe(config, CPU), batch_gpu=8, optim=config.optim, ema=config.ema)
 
     old, new = engine("none"), engine("ada")

@@ -123,25 +123,25 @@ def test_the_grid_shows_the_class_of_its_row() -> None:
 
 def test_the_mean_style_of_a_class_follows_the_means_of_what_was_drawn_of_it() -> None:
     w, c = torch.randn(12, 5), torch.eye(3)[[0, 0, 2, 0, 2, 2, 0, 0, 0, 0, 2, 0]]
-    centers = torch.randn(3, 5)
-    expected = centers.clone()
+    offsets, w_avg = torch.randn(3, 5), torch.randn(5)
+    expected = offsets.clone()
     for number in (0, 2):  # class 1 was not drawn
-        expected[number] = centers[number].lerp(w[c[:, number] == 1].mean(dim=0), 0.25)
+        expected[number] = offsets[number].lerp(w[c[:, number] == 1].mean(dim=0) - w_avg, 0.25)
     for micro_batches in (1, 2, 6):
-        found, record = centers.clone(), Record(CPU)
+        found, record = offsets.clone(), Record(CPU)
         for part_w, part_c in zip(w.chunk(micro_batches), c.chunk(micro_batches), strict=True):
             note_class_styles(record, part_w, part_c)
-        follow_class_styles_(found, record.take_averages(micro_batches), 0.25)
+        follow_class_styles_(found, w_avg, record.take_averages(micro_batches), 0.25)
         torch.testing.assert_close(found, expected)
-        assert torch.equal(found[1], centers[1])
+        assert torch.equal(found[1], offsets[1])
 
 
 def test_a_style_that_is_not_finite_moves_no_mean() -> None:
-    centers, record = torch.randn(2, 5), Record(CPU)
-    before = centers.clone()
+    offsets, record = torch.randn(2, 5), Record(CPU)
+    before = offsets.clone()
     note_class_styles(record, torch.full((4, 5), torch.nan), torch.eye(2)[[0, 0, 0, 1]])
-    follow_class_styles_(centers, record.take_averages(1), 0.25)
-    assert torch.equal(centers, before)
+    follow_class_styles_(offsets, torch.zeros(5), record.take_averages(1), 0.25)
+    assert torch.equal(offsets, before)
 
 
 def test_a_step_follows_the_mean_styles_of_its_classes() -> None:
@@ -151,10 +151,13 @@ def test_a_step_follows_the_mean_styles_of_its_classes() -> None:
     c = recipe.labels.draw("G/main/c", range(8))
     w = recipe.G.mapping(z, c)[:, 0]
     engine.step(batch_at(0))
+    mapping = recipe.G.mapping
+    torch.testing.assert_close(mapping.w_avg, (1 - W_AVG_DECAY) * w.mean(dim=0))
     for number in range(CLASSES):
-        mean = w[c[:, number] == 1].mean(dim=0) if c[:, number].any() else torch.zeros(16)
-        torch.testing.assert_close(recipe.G.mapping.class_w_avg[number], (1 - W_AVG_DECAY) * mean)
-    assert recipe.export().mapping.class_w_avg is recipe.G.mapping.class_w_avg
+        drawn = c[:, number] == 1
+        offset = w[drawn].mean(dim=0) - mapping.w_avg if drawn.any() else torch.zeros(16)
+        torch.testing.assert_close(mapping.class_w_offset[number], (1 - W_AVG_DECAY) * offset)
+    assert recipe.export().mapping.class_w_offset is mapping.class_w_offset
 
 
 # --- the auxiliary classifier ---
@@ -217,7 +220,7 @@ def test_a_conditional_state_continues_to_the_bit() -> None:
     second.load_state({name: tensor.clone() for name, tensor in first.state().items()}, images_seen=16)
     for step in range(2, 4):
         second.step(batch_at(8 * step))
-    assert "G.buffer.mapping.class_w_avg" in straight.state()
+    assert "G.buffer.mapping.class_w_offset" in straight.state()
     for name, tensor in straight.state().items():
         assert torch.equal(tensor, second.state()[name]), name
 
@@ -227,8 +230,12 @@ def test_mean_styles_of_classes_can_be_asked_for_when_a_run_goes_on() -> None:
     before.step(batch_at(0))
     after.load_state(before.state(), images_seen=8)
     assert torch.equal(after.arenas["G"].params, before.arenas["G"].params)
+    mapping = after.recipe.G.mapping
+    assert mapping.w_avg.any()
+    center = mapping(torch.randn(CLASSES, 16), torch.eye(CLASSES), truncation_psi=0)
+    torch.testing.assert_close(center, mapping.w_avg.expand_as(center))
     after.step(batch_at(8))
-    assert after.recipe.G.mapping.class_w_avg.any()
+    assert mapping.class_w_offset.any()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stylepipe.cli.main import main
 RES, COUNT = 16, 512
 TRAINING = (
     f"--res {RES} --batch-size 16 --network.channel-base 512 --network.channel-max 32 --network.z-dim 32 "
-    "--network.w-dim 32 --network.mapping-layers 2 --loss.r1-gamma 1 --kimg 16 --grid-kimg 100 --tick-kimg 4 "
+    "--network.w-dim 32 --network.mapping-layers 2 --loss.r1-gamma 1 --kimg 12 --grid-kimg 100 --tick-kimg 4 "
     "--loss.pl-weight 0 --tracker none --augment fixed --aug.pipe blit --aug.xint 0"
 ).split()
 

@@ -11,6 +11,7 @@ from stylepipe.presets import resolve
 from stylepipe.recipes.gan import trial
 from stylepipe.training.engine import Engine
 from stylepipe.training.estimate import estimate
+from stylepipe.training.traffic import count_traffic
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -73,11 +74,14 @@ def test_freezing_within_a_training_stops_what_momentum_would_go_on_with(make_en
     assert changed(frozen, before) == {"b8", "b4"}
 
 
+def a_config(freeze_d: int) -> Config:
+    network = NetworkConfig(z_dim=16, w_dim=16, channel_base=256, mapping_layers=2)
+    return resolve(Config(res=16, batch_size=8, freeze_d=freeze_d, network=network), 1)
+
+
 def test_frozen_levels_save_work() -> None:
     def work(freeze_d: int) -> dict[str, float]:
-        network = NetworkConfig(z_dim=16, w_dim=16, channel_base=256, mapping_layers=2)
-        config = resolve(Config(res=16, batch_size=8, freeze_d=freeze_d, network=network), 1)
-        recipe = trial(config, 0, torch.device("meta"), 8)
+        recipe = trial(a_config(freeze_d), 0, torch.device("meta"), 8)
         flops = estimate(recipe, 16, 0, 8).flops
         assert [name for name, p in recipe.D.named_parameters() if not p.requires_grad and "b16." not in name] == []
         return flops
@@ -85,4 +89,16 @@ def test_frozen_levels_save_work() -> None:
     free, frozen = work(0), work(1)
     assert frozen["D/main"] < 0.75 * free["D/main"], "no backward pass through the largest level"
     assert frozen["D/r1"] < free["D/r1"]
+    assert frozen["G/main"] == free["G/main"]
+
+
+def test_frozen_levels_save_traffic() -> None:
+    def moved(freeze_d: int) -> dict[str, float]:
+        counts = count_traffic(
+            lambda size: trial(a_config(freeze_d), 0, torch.device("meta"), size), 16, compiled=False
+        )
+        return {phase.name: phase.gradient.convolutions for phase in counts}
+
+    free, frozen = moved(0), moved(1)
+    assert frozen["D/main"] < free["D/main"]
     assert frozen["G/main"] == free["G/main"]

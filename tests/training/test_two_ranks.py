@@ -45,7 +45,7 @@ def runs(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("ranks")
     (one,) = train(folder / "one", 1, request.param)
     two = train(folder / "two", 2, request.param)
-    assert ("state/G.buffer.mapping.class_w_avg" in one) == (request.param == "labels")
+    assert ("state/G.buffer.mapping.class_w_offset" in one) == (request.param == "labels")
     return one, two
 
 
