@@ -353,7 +353,6 @@ MISTAKES = {
     ),
     "freeze shrunk": (["--res", "8", "--freeze-d", "1"], "--freeze-d 1: at --res 8 the discriminator has first layers"),
     "names": (["--init", "{names}"], "names.safetensors: the names of its classes in the header are damaged"),
-    "foreign": (["--init", "{foreign}"], "a.pkl: not a network file"),
     "convert": (["--init", "{foreign}"], "a.pkl OUT.safetensors makes one"),
     "freeze all": (["--freeze-d", "3"], "--freeze-d 3: expected at most 2, the levels above 4 px at --res 16"),
     "freeze nothing": (

@@ -99,7 +99,7 @@ def test_folders_with_vectors_are_of_format_two_and_others_as_they_were(source: 
     manifest = json.loads((prepared(source).path / "manifest.json").read_text())
     assert (manifest.keys(), manifest["format_version"]) == (version_one | {"labels"}, 2)
     for damaged in (manifest | {"format_version": 1}, [manifest], "a"):
-        with pytest.raises(ValueError, match="it names labels, which format version 1 has not|it is no JSON object"):
+        with pytest.raises(ValueError, match=r"it names labels, which format version 1 has not|it is no JSON object"):
             Manifest.from_json(json.dumps(damaged))
 
 

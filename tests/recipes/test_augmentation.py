@@ -128,7 +128,7 @@ def test_a_resolved_config_is_accepted_again(mode: str) -> None:
 
 def test_strengths_that_leave_nothing_are_refused() -> None:
     config = resolved(augment="fixed", aug=AugmentConfig(pipe="noise", noise=0.0))
-    with pytest.raises(UserError, match="--aug.pipe noise: every strength is 0"):
+    with pytest.raises(UserError, match=r"--aug.pipe noise: every strength is 0"):
         Augmentation(config, Draws(0, CPU), CPU)
 
 

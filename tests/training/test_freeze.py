@@ -94,9 +94,7 @@ def test_frozen_levels_save_work() -> None:
 
 def test_frozen_levels_save_traffic() -> None:
     def moved(freeze_d: int) -> dict[str, float]:
-        counts = count_traffic(
-            lambda size: trial(a_config(freeze_d), 0, torch.device("meta"), size), 16, compiled=False
-        )
+        counts = count_traffic(lambda size: trial(a_config(freeze_d), 0, torch.device("meta"), size), 16, compiled=True)
         return {phase.name: phase.gradient.convolutions for phase in counts}
 
     free, frozen = moved(0), moved(1)
