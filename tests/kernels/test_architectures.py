@@ -32,7 +32,6 @@ MOST_REGISTERS = {
     r"upfirdn2d_rows_single_\d_\d_4": 64,
     r"upfirdn2d_rows_single_\d_\d_12": 104,
     r"upfirdn2d_rows_vector_2_1_4": 112,
-    r"act_fir_backward": 120,
 }
 MOST_SHARED_BYTES = 48 * 1024  # without asking for more at launch
 CALLING = {"upfirdn2d_general"}  # calls functions that divide 64-bit numbers, for which it sets registers aside
