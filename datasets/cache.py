@@ -14,14 +14,17 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.labels import find_labels
+from stylepipe.datasets.levels import LevelsWriter, build_levels, encode_levels, level_resolutions
 from stylepipe.datasets.manifest import FORMAT_VERSION, Manifest
 from stylepipe.datasets.photos import encode, printable
-from stylepipe.datasets.prepare import check_resolution, find_photos, in_tasks, prepare, tool_versions
-from stylepipe.datasets.processes import available_cpus, map_in_order
+from stylepipe.datasets.prepare import check_resolution, find_photos, prepare, tool_versions
+from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import is_prepared, open_dataset
+from stylepipe.datasets.shards import LEVELS_FOLDER, is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.writer import ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
 
@@ -43,6 +46,7 @@ def dataset_for_training(
     workers: int | None = None,
     upscale: bool = False,
     labels: bool = False,
+    levels: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Return the prepared folder to train on, made now if need be.
@@ -56,22 +60,52 @@ def dataset_for_training(
         workers: processes that prepare; default one per core.
         upscale: also take photographs smaller than `resolution`.
         labels: the training needs labels: those of a prepared folder, or as `prepare` finds them for photographs.
+        levels: the training also needs the images at smaller resolutions, from this one up (a power of two, 4 or
+            more): `levels_for_training` will find them.
         progress: show a progress bar where stderr is a terminal.
 
     Raises:
         UserError: see `open_dataset` and `prepare`; labels asked for and absent; the cache cannot be written.
     """
     check_resolution(resolution)
+    # A folder that is prepared now gets its levels in the same pass; one that was there may be without.
+    with_levels = levels is not None and bool(level_resolutions(resolution, levels))
     if data is None:
         if labels:
             raise UserError(_DRAWN_WITHOUT_LABELS)
-        return _built_once(*_drawn_faces(resolution, workers, progress))
-    data = Path(data)
-    if is_prepared(data):
-        if not open_dataset(data, resolution).c_dim and labels:
+        folder = _built_once(*_drawn_faces(resolution, workers, with_levels, progress))
+    elif is_prepared(data):
+        folder = Path(data)
+        if not open_dataset(folder, resolution).c_dim and labels:
             raise UserError(f"{data}: has no labels; prepare it again with --labels, or train without --cond")
-        return data
-    return _built_once(*_photographs(data, resolution, workers, upscale, labels, progress))
+    else:
+        folder = _built_once(*_photographs(Path(data), resolution, workers, upscale, labels, with_levels, progress))
+    if levels is not None:
+        levels_for_training(folder, levels, workers=workers, progress=progress)
+    return folder
+
+
+def levels_for_training(path: Path, lowest: int, *, workers: int | None = None, progress: bool = True) -> Path:
+    """Return the folder of the smaller levels of a prepared dataset, for `open_dataset(path, levels=...)`.
+
+    It is the dataset's own where that holds every power of two from `lowest` to half of the resolution. Else levels are
+    made from its shards, once, into the cache; the dataset is never written to. Several processes may call it at once.
+
+    Raises:
+        UserError: `path` is no whole dataset, an image cannot be read, `lowest` is none of 4, 8, 16, ..., or the cache
+            cannot be written.
+    """
+    dataset = open_dataset(path)
+    needed = set(level_resolutions(dataset.resolution, lowest))
+    if needed <= set(stored_levels(dataset.levels)):
+        return dataset.levels
+    stamp = hashlib.sha256(_options_stamp(dataset.manifest.digest)).hexdigest()
+    build = partial(build_levels, dataset, workers=workers, progress=progress)
+    return _built_once(
+        f"{_file_name(dataset.name)}-{dataset.resolution}-levels-{stamp[:16]}",
+        build,
+        lambda levels: needed <= set(stored_levels(levels)),
+    )
 
 
 def label_dimensions(photographs: str | Path | None) -> int:
@@ -94,7 +128,7 @@ def cache_folder() -> Path:
 
 
 def _photographs(
-    source: Path, resolution: int, workers: int | None, upscale: bool, labels: bool, progress: bool
+    source: Path, resolution: int, workers: int | None, upscale: bool, labels: bool, levels: bool, progress: bool
 ) -> tuple[str, Callable[[Path], object]]:
     """Return the cache key of a folder of photographs and how to prepare it."""
     photos = find_photos(source)
@@ -105,19 +139,31 @@ def _photographs(
         except OSError:  # gone since it was listed: preparing will tell
             continue
         stamp.update(b"\0%s\0%d\0%d" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
-    name = re.sub(r"[^\w.-]+", "-", printable(source.resolve().name))
     build = partial(
-        prepare, source, resolution=resolution, workers=workers, upscale=upscale, labels=labels, progress=progress
+        prepare,
+        source,
+        resolution=resolution,
+        workers=workers,
+        upscale=upscale,
+        labels=labels,
+        levels=levels,
+        progress=progress,
     )
-    return f"{name}-{resolution}-{stamp.hexdigest()[:16]}", build
+    return f"{_file_name(source.resolve().name)}-{resolution}-{stamp.hexdigest()[:16]}", build
 
 
-def _drawn_faces(resolution: int, workers: int | None, progress: bool) -> tuple[str, Callable[[Path], object]]:
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", printable(name))
+
+
+def _drawn_faces(
+    resolution: int, workers: int | None, levels: bool, progress: bool
+) -> tuple[str, Callable[[Path], object]]:
     """Return the cache key of the drawn faces, which the code that draws them is a part of, and how to build them."""
     stamp = hashlib.sha256(_options_stamp(resolution, DRAWN_COUNTS[resolution]))
     for module in sorted(Path(__file__).parent.glob("drawn*.py")):
         stamp.update(module.read_bytes())
-    build = partial(_draw_dataset, resolution=resolution, workers=workers, progress=progress)
+    build = partial(_draw_dataset, resolution=resolution, workers=workers, levels=levels, progress=progress)
     return f"drawn-{resolution}-{stamp.hexdigest()[:16]}", build
 
 
@@ -125,15 +171,15 @@ def _options_stamp(*options: object) -> bytes:
     return json.dumps([FORMAT_VERSION, tool_versions(), *options]).encode()
 
 
-def _built_once(key: str, build: Callable[[Path], object]) -> Path:
+def _built_once(key: str, build: Callable[[Path], object], is_built: Callable[[Path], bool] = is_prepared) -> Path:
     """Return the folder `key` of the cache, built by one process while the others wait."""
     folder = cache_folder() / "datasets" / key
-    if is_prepared(folder):
+    if is_built(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(f"{key}.lock")):
-            if not is_prepared(folder):
+            if not is_built(folder):
                 log.info("preparing data once, into %s", folder)
                 build(folder)
     except OSError as error:
@@ -158,26 +204,37 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _draw_dataset(out: Path, *, resolution: int, workers: int | None, progress: bool) -> None:
+def _draw_dataset(out: Path, *, resolution: int, workers: int | None, levels: bool, progress: bool) -> None:
     count = DRAWN_COUNTS[resolution]
-    draw = partial(_draw, resolution=resolution)
+    draw = partial(_draw, resolution=resolution, levels=levels)
+    smaller = level_resolutions(resolution) if levels else []
     faces = chain.from_iterable(map_in_order(draw, in_tasks(count, _FACES_PER_TASK), workers or available_cpus()))
-    with new_dataset_folder(out) as folder, ShardWriter(folder, _DRAWN_FORMAT) as writer:
-        for face in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
+    with (
+        new_dataset_folder(out) as folder,
+        ShardWriter(folder, _DRAWN_FORMAT) as writer,
+        LevelsWriter(folder / LEVELS_FOLDER, smaller, _DRAWN_FORMAT) as levels_writer,
+    ):
+        for face, *averages in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
             writer.add(face)
-        writer.save_manifest(
-            Manifest(
-                name="drawn",
-                count=count,
-                resolution=resolution,
-                image_format=_DRAWN_FORMAT,
-                index=writer.finish(),
-                shards=tuple(writer.shards),
-                tool=tool_versions(),
-            )
+            levels_writer.add(averages)
+        manifest = Manifest(
+            name="drawn",
+            count=count,
+            resolution=resolution,
+            image_format=_DRAWN_FORMAT,
+            index=writer.finish(),
+            shards=tuple(writer.shards),
+            tool=tool_versions(),
         )
+        levels_writer.finish(manifest)
+        writer.save_manifest(manifest)
 
 
-def _draw(indices: range, *, resolution: int) -> list[bytes]:
-    """Do one task, in a worker."""
-    return [encode(draw_face(index, resolution), _DRAWN_FORMAT) for index in indices]
+def _draw(indices: range, *, resolution: int, levels: bool) -> list[list[bytes]]:
+    """Do one task, in a worker: of each face the full image, then its levels."""
+    faces = []
+    for index in indices:
+        face = draw_face(index, resolution)
+        averages = encode_levels(np.asarray(face), _DRAWN_FORMAT) if levels else []
+        faces.append([encode(face, _DRAWN_FORMAT), *averages])
+    return faces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ VECTORS_FORMAT_VERSION = 2  # that of a folder with labels.npy, which a reader o
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.npy"
 LABELS_FILE = "labels.npy"
+LEVEL_OF = "level_of"  # option of a smaller level: the `digest` of the full images it was averaged from
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Manifest:
     skipped: tuple[Skipped, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     tool: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that tells these images, labels and order from any others, wherever they were prepared."""
+        shards = [record.sha256 for record in self.shards]
+        return hashlib.sha256(json.dumps([self.name, self.classes, shards, self.index.sha256]).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""

@@ -25,6 +25,7 @@ _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 2},
     # 4:2:0, the default, costs 4.5 dB of PSNR.
     "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "ppm": {"format": "PPM"},
 }
 _SIXTEEN_BIT = 65535
 
@@ -83,7 +84,7 @@ def printable(name: str) -> str:
 
 
 def encode(image: Image.Image, image_format: str) -> bytes:
-    """Return an RGB image as the bytes of a `png` (lossless) or `jpeg` (quality 95, 4:4:4) file."""
+    """Return an RGB image as the bytes of a `png` (lossless), `jpeg` (quality 95, 4:4:4) or `ppm` (bare) file."""
     buffer = io.BytesIO()
     image.save(buffer, **_ENCODER_OPTIONS[image_format])
     return buffer.getvalue()

@@ -13,24 +13,26 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import PIL
 
 from stylepipe.config import MAX_RES, MIN_RES
 from stylepipe.datasets.labels import Labels, find_labels
+from stylepipe.datasets.levels import LevelsWriter, encode_levels, level_resolutions
 from stylepipe.datasets.manifest import Manifest, Skipped
 from stylepipe.datasets.photos import SkippedPhotoError, encode, printable, read_square
-from stylepipe.datasets.processes import available_cpus, map_in_order
+from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import FOREIGN_TARS, IMAGE_SUFFIXES, is_prepared
+from stylepipe.datasets.shards import FOREIGN_TARS, LEVELS_FOLDER, is_prepared
 from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_TASK_PIXELS = 1 << 22  # pixels that a worker returns at a time: enough to hide the round trip, little to hold
+_FORMATS = ("png", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def prepare(
     image_format: str = "png",
     upscale: bool = False,
     labels: bool = False,
+    levels: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Manifest:
@@ -64,6 +67,8 @@ def prepare(
         image_format: `png` (lossless) or `jpeg` (quality 95, 4:4:4; a quarter of the size, decoded faster).
         upscale: enlarge photographs whose shorter side is below `resolution`; otherwise they are skipped.
         labels: label the images: from `dataset.json` in `source`, or else by the top-level sub-folder (see labels.py).
+        levels: store the images also at every power of two from 4 px to half of `resolution` (see levels.py), for
+            progressive growing. Nothing else in `out` depends on it.
         shard_bytes: size at which the next shard is begun.
         progress: show a progress bar where stderr is a terminal.
 
@@ -75,8 +80,8 @@ def prepare(
     """
     source, out = Path(source), Path(out)
     check_resolution(resolution)
-    if image_format not in IMAGE_SUFFIXES:
-        raise UserError(f"--format {image_format}: expected one of {', '.join(IMAGE_SUFFIXES)}")
+    if image_format not in _FORMATS:
+        raise UserError(f"--format {image_format}: expected one of {', '.join(_FORMATS)}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expected 1 or more")
     if out.resolve().is_relative_to(source.resolve()):
@@ -87,14 +92,21 @@ def prepare(
         photos = replace(photos, files=tuple(name for name in photos.files if name in found.of_file))
 
     skipped = [*photos.skipped, *found.skipped]
-    with new_dataset_folder(out) as folder, ShardWriter(folder, image_format, shard_bytes) as writer:
-        results = _converted(photos, resolution, image_format, upscale, workers or available_cpus())
+    smaller = level_resolutions(resolution) if levels else []
+    with (
+        new_dataset_folder(out) as folder,
+        ShardWriter(folder, image_format, shard_bytes) as writer,
+        LevelsWriter(folder / LEVELS_FOLDER, smaller, image_format, shard_bytes) as levels_writer,
+    ):
+        results = _converted(photos, resolution, image_format, upscale, levels, workers or available_cpus())
         results = with_progress(results, len(photos.files), f"preparing {source.name or source}", progress)
         for name, result in zip(photos.files, results, strict=True):
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:
-                writer.add(result, found.of_file.get(name))
+                full, *averages = result
+                writer.add(full, found.of_file.get(name))
+                levels_writer.add(averages, found.of_file.get(name))
         if not writer.count:
             raise UserError(_none_usable(source, skipped))
         if empty := found.empty_classes(writer.classes_seen):
@@ -112,6 +124,7 @@ def prepare(
             options={"upscale": upscale, "labels": labels, "shard_bytes": shard_bytes},
             tool=tool_versions(),
         )
+        levels_writer.finish(manifest)
         writer.save_manifest(manifest)
     return manifest
 
@@ -149,16 +162,6 @@ def tool_versions() -> dict[str, str]:
     return {"stylepipe": importlib.metadata.version("stylepipe"), "pillow": PIL.__version__}
 
 
-def task_size(resolution: int) -> int:
-    """Return how many images of this resolution a worker makes at a time."""
-    return min(max(_TASK_PIXELS // resolution**2, 1), 64)
-
-
-def in_tasks(count: int, size: int) -> list[range]:
-    """Cut range(count) into consecutive ranges of at most `size`."""
-    return [range(a, b) for a, b in pairwise([*range(0, count, size), count])]
-
-
 def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str | Skipped]:
     """Yield the relative name of every file below root/below, or why an entry is left out."""
     try:
@@ -189,10 +192,12 @@ def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Ite
 
 
 def _converted(
-    photos: Photos, resolution: int, image_format: str, upscale: bool, workers: int
-) -> Iterator[bytes | Skipped]:
-    """Yield the encoded image of each file, or why there is none, in the order of the files."""
-    convert = partial(_convert, root=photos.root, resolution=resolution, image_format=image_format, upscale=upscale)
+    photos: Photos, resolution: int, image_format: str, upscale: bool, levels: bool, workers: int
+) -> Iterator[list[bytes] | Skipped]:
+    """Yield the encoded image of each file and its levels, if asked for, or why there is none, in the files' order."""
+    convert = partial(
+        _convert, root=photos.root, resolution=resolution, image_format=image_format, upscale=upscale, levels=levels
+    )
     # Small tasks also where there are few files, so that every worker has some.
     size = min(task_size(resolution), -(-len(photos.files) // workers))
     tasks = [photos.files[r.start : r.stop] for r in in_tasks(len(photos.files), size)]
@@ -200,13 +205,15 @@ def _converted(
 
 
 def _convert(
-    names: Sequence[str], *, root: Path, resolution: int, image_format: str, upscale: bool
-) -> list[bytes | Skipped]:
+    names: Sequence[str], *, root: Path, resolution: int, image_format: str, upscale: bool, levels: bool
+) -> list[list[bytes] | Skipped]:
     """Do one task, in a worker."""
-    results: list[bytes | Skipped] = []
+    results: list[list[bytes] | Skipped] = []
     for name in names:
         try:
-            results.append(encode(read_square(root / name, resolution, upscale), image_format))
+            image = read_square(root / name, resolution, upscale)
+            averages = encode_levels(np.asarray(image), image_format) if levels else []
+            results.append([encode(image, image_format), *averages])
         except SkippedPhotoError as error:
             results.append(Skipped(printable(name), error.reason, error.detail))
         except MemoryError as error:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from multiprocessing import resource_tracker
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from stylepipe.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_TASK_PIXELS = 1 << 22  # pixels that a worker returns at a time: enough to hide the round trip, little to hold
 _PENDING_PER_WORKER = 2  # keeps workers busy while bounding what waits in memory
 
 
@@ -60,6 +61,16 @@ def follow_parent() -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_after, args=(_sigterm_from, parent.pid), daemon=True).start()
+
+
+def task_size(resolution: int) -> int:
+    """Return how many images of this resolution a worker makes at a time."""
+    return min(max(_TASK_PIXELS // resolution**2, 1), 64)
+
+
+def in_tasks(count: int, size: int) -> list[range]:
+    """Cut range(count) into consecutive ranges of at most `size`."""
+    return [range(a, b) for a, b in pairwise([*range(0, count, size), count])]
 
 
 def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:

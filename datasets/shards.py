@@ -7,6 +7,8 @@
       index.npy             one record per sample: shard, offset and size of the image, class number (-1: none)
       labels.npy            with label vectors only: the same as the .json members, [count, c_dim] float32
       manifest.json         `Manifest`; written last, so a folder with a manifest is whole
+      levels/0008/ ...      with --levels only: the same images box-averaged to 8 px, a dataset like this one (see
+                            levels.py); up to 64 px its images are `.ppm`, which is bare pixels behind a short header
 
 Any WebDataset reader can stream the tars. Here the index gives random access by pread instead, which is
 faster and lets the order of the data be a pure function of the position (see order.py).
@@ -26,11 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, MANIFEST_FILE, Manifest
+from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.errors import UserError
 
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
-IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
+IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "ppm": ".ppm"}
+LEVELS_FOLDER = "levels"
 
 FOREIGN_TARS = (
     f"holds tar files but no {MANIFEST_FILE}, so they were not made by `stylepipe prepare`; "
@@ -41,11 +44,18 @@ _MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 
 
 
 class ShardDataset:
-    """Random access to a prepared folder. Cheap to pickle; files are opened where they are read."""
+    """Random access to a prepared folder. Cheap to pickle; files are opened where they are read.
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    Attributes:
+        path: the folder.
+        manifest: what it holds.
+        levels: where its smaller levels are, if there are any.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, levels: Path | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.levels = path / LEVELS_FOLDER if levels is None else levels
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently read first
         self._index = _load_index(path, manifest)
         self._vectors = _load_vectors(path, manifest)
@@ -84,9 +94,33 @@ class ShardDataset:
             one_hot[np.arange(len(ids)), self._index["label"][np.asarray(ids)]] = 1
         return one_hot
 
+    def label(self, sample: int) -> int | npt.NDArray[np.float32] | None:
+        """Return one label as it is stored: the number of a class, a vector [c_dim] float32, or None."""
+        if self._vectors is not None:
+            return np.array(self._vectors[sample])
+        return int(self._index["label"][sample]) if self.c_dim else None
+
     def of_class(self, number: int) -> npt.NDArray[np.int64]:
         """Return which images are of a class, in order: [n] int64."""
         return np.flatnonzero(self._index["label"] == number)
+
+    def level(self, resolution: int) -> ShardDataset:
+        """Return the same images, labels and order at another resolution: itself at its own, else a stored level.
+
+        Raise UserError where that level is not stored, is damaged, or is one of other images.
+        """
+        if resolution == self.resolution:
+            return self
+        folder = level_folder(self.levels, resolution)
+        if not is_prepared(folder):
+            raise UserError(
+                f"{self.levels}: holds no images of {resolution} px; prepare the photographs again with --levels, "
+                f"which stores every power of two below --res"
+            )
+        level = open_dataset(folder)
+        if level.resolution != resolution or level.manifest.options.get(LEVEL_OF) != self.manifest.digest:
+            raise UserError(f"{folder}: holds no level of the images in {self.path}; {_remove_levels(self.levels)}")
+        return level
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
@@ -98,7 +132,7 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         # Index and labels are mapped again from the files in the other process, not sent through a pipe.
-        return {"path": self.path, "manifest": self.manifest}
+        return {"path": self.path, "manifest": self.manifest, "levels": self.levels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -108,6 +142,9 @@ class ShardDataset:
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         try:
             data = os.pread(self._descriptor(shard), size, offset)
+            if self.manifest.image_format == "ppm":
+                out[...] = _ppm_pixels(data, self.resolution)
+                return
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
                 if image.size != (self.resolution, self.resolution):
                     raise ValueError(f"it is {image.width}x{image.height} pixels")
@@ -117,7 +154,7 @@ class ShardDataset:
         except Exception as error:  # Pillow raises many types on damaged data
             key = f"{sample:08d}{IMAGE_SUFFIXES[self.manifest.image_format]}"
             from_system = isinstance(error, OSError) and error.errno is not None
-            remedy = "check that the disk is there" if from_system else "copy the dataset again, or prepare it anew"
+            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
             raise UserError(
                 f"{self.path / self.manifest.shards[shard].file}: sample {key} cannot be read ({error}); {remedy}"
             ) from error
@@ -134,8 +171,10 @@ class ShardDataset:
         return descriptor
 
 
-def open_dataset(path: str | Path, resolution: int | None = None) -> ShardDataset:
+def open_dataset(path: str | Path, resolution: int | None = None, levels: Path | None = None) -> ShardDataset:
     """Open a prepared folder after cheap checks: the manifest, the size of every file, the index.
+
+    `levels` is where its smaller levels are, if not in the folder itself: see `levels_for_training`.
 
     Raise UserError where it is no prepared folder, is incomplete, or has another resolution than asked for.
     """
@@ -150,10 +189,20 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ShardDatase
         try:
             size = (path / record.file).stat().st_size
         except OSError as error:
-            raise _damaged(path, f"{record.file} is missing or unreadable ({error.strerror})") from error
+            raise _damaged(path, manifest, f"{record.file} is missing or unreadable ({error.strerror})") from error
         if size != record.bytes:
-            raise _damaged(path, f"{record.file} has {size:,} bytes instead of {record.bytes:,}")
-    return ShardDataset(path, manifest)
+            raise _damaged(path, manifest, f"{record.file} has {size:,} bytes instead of {record.bytes:,}")
+    return ShardDataset(path, manifest, levels)
+
+
+def level_folder(levels: Path, resolution: int) -> Path:
+    """Return where the level of a resolution is stored."""
+    return levels / f"{resolution:04d}"
+
+
+def stored_levels(levels: Path) -> list[int]:
+    """Return the resolutions of the levels that a folder of levels holds, ascending; opens none of them."""
+    return sorted(int(folder.name) for folder in levels.glob("[0-9]" * 4) if is_prepared(folder))
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -185,11 +234,17 @@ def load_manifest(path: str | Path) -> Manifest:
 
 
 def verify(path: str | Path) -> None:
-    """Check the SHA-256 of every file against the manifest; raise UserError naming all that differ."""
-    dataset = open_dataset(path)
-    damaged = [r.file for r in dataset.manifest.files() if file_sha256(dataset.path / r.file) != r.sha256]
+    """Check the SHA-256 of every file, those of stored levels too; raise UserError naming all that differ."""
+    full = open_dataset(path)
+    damaged = [
+        (dataset, str((dataset.path / record.file).relative_to(full.path)))
+        for dataset in (full, *map(full.level, stored_levels(full.levels)))
+        for record in dataset.manifest.files()
+        if file_sha256(dataset.path / record.file) != record.sha256
+    ]
     if damaged:
-        raise _damaged(dataset.path, f"SHA-256 differs from the manifest in {', '.join(damaged)}")
+        finding = f"SHA-256 differs from the manifest in {', '.join(name for _, name in damaged)}"
+        raise UserError(f"{full.path}: {finding}; {_remedy(damaged[0][0].path, damaged[0][0].manifest)}")
 
 
 def file_sha256(path: Path) -> str:
@@ -199,9 +254,9 @@ def file_sha256(path: Path) -> str:
 
 
 def _load_index(path: Path, manifest: Manifest) -> npt.NDArray[np.void]:
-    index = _mapped(path, INDEX_FILE)
+    index = _mapped(path, manifest, INDEX_FILE)
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
-        raise _damaged(path, f"{INDEX_FILE} does not hold {manifest.count:,} samples")
+        raise _damaged(path, manifest, f"{INDEX_FILE} does not hold {manifest.count:,} samples")
     return index
 
 
@@ -209,23 +264,41 @@ def _load_vectors(path: Path, manifest: Manifest) -> npt.NDArray[np.float32] | N
     """Return the label vectors [count, c_dim], or None where labels are classes or absent."""
     if manifest.labels is None:
         return None
-    vectors = _mapped(path, LABELS_FILE)
+    vectors = _mapped(path, manifest, LABELS_FILE)
     if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != manifest.count or not vectors.shape[1]:
-        raise _damaged(path, f"{LABELS_FILE} does not hold {manifest.count:,} label vectors")
+        raise _damaged(path, manifest, f"{LABELS_FILE} does not hold {manifest.count:,} label vectors")
     return vectors
 
 
-def _mapped(path: Path, name: str) -> npt.NDArray[Any]:
+def _mapped(path: Path, manifest: Manifest, name: str) -> npt.NDArray[Any]:
     """Map an array file into memory."""
     try:
         array: npt.NDArray[Any] = np.load(path / name, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"{name} cannot be read ({error})") from error
+        raise _damaged(path, manifest, f"{name} cannot be read ({error})") from error
     return array
 
 
-def _damaged(path: Path, finding: str) -> UserError:
-    return UserError(f"{path}: {finding}; copy the dataset again from its source, or prepare it anew")
+def _ppm_pixels(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
+    """Return the pixels of a PPM file as Pillow writes it: [R, R, 3] uint8. Pillow would take most of the time here."""
+    header = b"P6\n%d %d\n255\n" % (resolution, resolution)
+    if not data.startswith(header) or len(data) != len(header) + 3 * resolution**2:
+        raise ValueError(f"it is no PPM file of {resolution}x{resolution} pixels")
+    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(resolution, resolution, 3)
+
+
+def _damaged(path: Path, manifest: Manifest, finding: str) -> UserError:
+    return UserError(f"{path}: {finding}; {_remedy(path, manifest)}")
+
+
+def _remedy(path: Path, manifest: Manifest) -> str:
+    if LEVEL_OF in manifest.options:
+        return _remove_levels(path.parent)
+    return "copy the dataset again from its source, or prepare it anew"
+
+
+def _remove_levels(levels: Path) -> str:
+    return f"remove {levels}, and training makes it again in the cache"
 
 
 def _what_stands_there(path: Path) -> str:

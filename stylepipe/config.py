@@ -22,6 +22,10 @@ Architecture = Literal["skip", "resnet", "orig"]
 Conditioning = Literal["projection", "aux", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 TrackerKind = Literal["wandb", "tensorboard", "none"]
+NetworkKind = Literal["stylegan2", "stylegan", "progan", "r3gan", "dcgan"]
+LossKind = Literal["minimax", "non-saturating", "wgan", "wgan-gp", "lsgan", "hinge", "relativistic", "ebgan"]
+LastLayer = Literal["linear", "normalized"]
+Norm = Literal["batch", "virtual", "none"]
 AugmentMode = Literal["none", "ada", "fixed", "schedule", "diff"]
 AugmentPipe = Literal["blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
 
@@ -34,26 +38,36 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Generator and discriminator."""
+    """Generator and discriminator. What a kind of network has no use for is refused."""
 
-    z_dim: int = 512
+    kind: NetworkKind | None = None
+    """Networks of which paper. Default: as the preset says; any goes with any loss."""
+    z_dim: int | None = None
     """Dimensions of the input latent z."""
-    w_dim: int = 512
-    """Dimensions of the intermediate latent w."""
+    w_dim: int | None = None
+    """Dimensions of the intermediate latent w (stylegan, stylegan2)."""
     channel_base: int | None = None
     """Feature maps at resolution r: min(channel_base / r, channel_max)."""
     channel_max: int | None = None
     """Most feature maps of any layer."""
     mapping_layers: int | None = None
-    """Fully connected layers of the mapping network."""
-    g_architecture: Architecture = "skip"
-    """How the generator makes its image: sum of upsampled RGB, residual, or last layer only."""
-    d_architecture: Architecture = "resnet"
-    """How the discriminator takes its image in."""
+    """Fully connected layers of the mapping network (stylegan, stylegan2)."""
+    g_architecture: Architecture | None = None
+    """How the generator makes its image (stylegan2): sum of upsampled RGB, residual, or last layer only."""
+    d_architecture: Architecture | None = None
+    """How the discriminator takes its image in (stylegan2)."""
+    norm: Norm | None = None
+    """Normalization of the generator's activations (dcgan): by the batch at hand, by a fixed reference batch, none."""
     mbstd_group_size: int | None = None
     """Images compared by minibatch stddev; the largest divisor of batch_gpu up to this is used."""
-    mbstd_channels: int = 1
+    mbstd_channels: int | None = None
     """Feature maps that minibatch stddev adds; 0 switches it off."""
+    mbdisc_kernels: int = 0
+    """Features that minibatch discrimination adds; 0 switches it off."""
+    d_last_layer: LastLayer = "linear"
+    """Last layer of the discriminator: linear, or a direction of unit length with a loss of its own (SAN)."""
+    spectral_norm: bool = False
+    """Divide the discriminator's weights by their largest singular value."""
     conv_clamp: float | None = None
     """Clamp activations to +-this; 256 where the activations are half precision."""
     half_levels: int = 4
@@ -67,22 +81,46 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Non-saturating logistic loss and its lazy regularizers."""
+    """What the networks play for (see --loss), regularizers and remedies."""
 
+    kind: LossKind | None = None
+    """The same as --loss."""
+    real_label: float = 1.0
+    """One-sided label smoothing: probability of being real that the discriminator is to give real images."""
+    margin: float = 10.0
+    """ebgan: energy of generated images from which on the discriminator is content."""
+    n_critic: int | None = None
+    """Steps of the discriminator for one of the generator."""
     r1_gamma: float | None = None
-    """Weight of the R1 gradient penalty."""
-    r1_interval: int = 16
-    """Steps between two R1 phases."""
-    pl_weight: float = 2.0
-    """Weight of path length regularization; 0 switches it off."""
+    """Weight of the R1 penalty, on the gradient at real images; 0 switches it off, here as below."""
+    r2_gamma: float | None = None
+    """Weight of the R2 penalty, on the gradient at generated images."""
+    r1_interval: int | None = None
+    """Steps between two R1 and R2 phases; with 1 they are part of every step of the discriminator."""
+    gp_weight: float | None = None
+    """Weight of the gradient penalty, between real and generated images."""
+    gp_target: float = 1.0
+    """Length of the gradient that it asks for."""
+    gp_one_sided: bool = False
+    """Penalize longer gradients only."""
+    drift: float | None = None
+    """Weight of the squared logits of real images."""
+    weight_clip: float | None = None
+    """Clip the discriminator's weights to +-this after every step."""
+    feature_matching: float = 0.0
+    """Weight of feature matching in the generator's loss."""
+    historical_weight: float = 0.0
+    """Weight of historical averaging: distance of both networks' weights from their mean so far."""
+    pl_weight: float | None = None
+    """Weight of path length regularization (stylegan, stylegan2)."""
     pl_interval: int = 4
     """Steps between two path length phases."""
     pl_decay: float = 0.01
     """How fast the running mean of path lengths follows, per phase."""
     pl_batch_shrink: int = 2
     """Path lengths are measured on batch / this images."""
-    style_mixing: float = 0.9
-    """Share of generated images that mix two latents."""
+    style_mixing: float | None = None
+    """Share of generated images that mix two latents (stylegan, stylegan2)."""
     acgan_weight: float = 0.0
     """Weight of the auxiliary classifier's loss in both networks; needs --network.d-conditioning aux or both."""
 
@@ -95,9 +133,9 @@ class OptimConfig:
     """Learning rate of the generator."""
     d_lr: float | None = None
     """Learning rate of the discriminator."""
-    beta1: float = 0.0
+    beta1: float | None = None
     """Decay of the mean of gradients."""
-    beta2: float = 0.99
+    beta2: float | None = None
     """Decay of the mean of squared gradients."""
     eps: float = 1e-8
     """Added to the root of the latter."""
@@ -108,9 +146,43 @@ class EMAConfig:
     """Moving average of the generator's weights; its images are the ones to look at."""
 
     kimg: float | None = None
-    """Half-life, in thousands of images."""
+    """Half-life, in thousands of images; 0 for no averaging."""
+    decay: float | None = None
+    """Share that a step keeps, whatever its batch, in place of --ema.kimg."""
     rampup: float | None = None
     """The half-life is at most this share of the images seen so far; 0 for no ramp-up."""
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """Progressive growing: train at low resolution first, and fade in one level after the other."""
+
+    start_res: int | None = None
+    """Resolution to begin with; that of --res trains it from the beginning. Default: as the preset says."""
+    stable_kimg: float | None = None
+    """Thousands of images that each level is trained for when it is there."""
+    fade_kimg: float | None = None
+    """Thousands of images over which a level is faded in."""
+    batch_sizes: str | None = None
+    """Batch size by level, such as 4:128,32:64: from 4 px on 128, from 32 px on 64. Default: --batch-size for all."""
+    lr_multipliers: str | None = None
+    """Factor of both learning rates by level, written the same way. Default: 1 for all."""
+
+
+@dataclass(frozen=True)
+class AnnealConfig:
+    """Let settings follow half a cosine from their value to another, and then keep that."""
+
+    kimg: float | None = None
+    """Thousands of images that it takes; 0 for none of it."""
+    lr: float | None = None
+    """Share of both learning rates at the end."""
+    gamma: float | None = None
+    """Share of --loss.r1-gamma and --loss.r2-gamma at the end."""
+    beta2: float | None = None
+    """--optim.beta2 at the end."""
+    ema: float | None = None
+    """Share of --ema.kimg at the beginning, the whole of it being reached at the end."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +247,8 @@ class Config:
     data: str | None = None
     """A prepared folder (see `stylepipe prepare`) or a folder of photographs. Default: drawn faces, built in."""
     preset: str | None = None
-    """Published setting to start from. Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
+    """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
+    Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
     init: str | None = None
     """Fine-tune: start from the networks of this file, of another training. Gives --res and the architecture too."""
     freeze_d: int = 0
@@ -224,6 +297,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     aug: AugmentConfig = field(default_factory=AugmentConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    anneal: AnnealConfig = field(default_factory=AnnealConfig)
 
 
 def filled(value: T | None) -> T:
@@ -317,9 +392,12 @@ def validate(config: Config) -> None:
         "--network.mbstd-group-size": config.network.mbstd_group_size,
         "--network.conv-clamp": config.network.conv_clamp,
         "--loss.r1-interval": config.loss.r1_interval,
+        "--loss.n-critic": config.loss.n_critic,
+        "--loss.margin": config.loss.margin,
+        "--loss.gp-target": config.loss.gp_target,
+        "--growth.stable-kimg": config.growth.stable_kimg,
         "--loss.pl-interval": config.loss.pl_interval,
         "--loss.pl-batch-shrink": config.loss.pl_batch_shrink,
-        "--ema.kimg": config.ema.kimg,
         "--optim.eps": config.optim.eps,
         "--aug.interval": config.aug.interval,
         "--aug.speed-kimg": config.aug.speed_kimg,
@@ -334,10 +412,23 @@ def validate(config: Config) -> None:
         "--keep-states": config.keep_states,
         "--workers": config.workers,
         "--loss.r1-gamma": config.loss.r1_gamma,
+        "--loss.r2-gamma": config.loss.r2_gamma,
+        "--loss.gp-weight": config.loss.gp_weight,
+        "--loss.drift": config.loss.drift,
+        "--loss.weight-clip": config.loss.weight_clip,
+        "--loss.feature-matching": config.loss.feature_matching,
+        "--loss.historical-weight": config.loss.historical_weight,
+        "--network.mbdisc-kernels": config.network.mbdisc_kernels,
+        "--growth.fade-kimg": config.growth.fade_kimg,
+        "--anneal.kimg": config.anneal.kimg,
+        "--anneal.lr": config.anneal.lr,
+        "--anneal.gamma": config.anneal.gamma,
+        "--anneal.ema": config.anneal.ema,
         "--loss.pl-weight": config.loss.pl_weight,
         "--loss.acgan-weight": config.loss.acgan_weight,
         "--network.mbstd-channels": config.network.mbstd_channels,
         "--network.half-levels": config.network.half_levels,
+        "--ema.kimg": config.ema.kimg,
         "--ema.rampup": config.ema.rampup,
         "--optim.g-lr": config.optim.g_lr,
         "--optim.d-lr": config.optim.d_lr,
@@ -361,15 +452,57 @@ def validate(config: Config) -> None:
     for option, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise UserError(f"{option} {value}: expected a share from 0 to 1")
-    for option, value in {"--optim.beta1": config.optim.beta1, "--optim.beta2": config.optim.beta2}.items():
-        if not 0 <= value < 1:
+    decays = {
+        "--optim.beta1": config.optim.beta1,
+        "--optim.beta2": config.optim.beta2,
+        "--anneal.beta2": config.anneal.beta2,
+        "--ema.decay": config.ema.decay,
+    }
+    for option, value in decays.items():
+        if value is not None and not 0 <= value < 1:
             raise UserError(f"{option} {value}: expected a decay from 0 to below 1")
+    if not 0.5 < config.loss.real_label <= 1:
+        raise UserError(f"--loss.real-label {config.loss.real_label}: expected a probability above 0.5, up to 1")
+    start = config.growth.start_res
+    if start is not None and not (4 <= start <= res and start & (start - 1) == 0):
+        raise UserError(f"--growth.start-res {start}: expected a power of two from 4 to --res {res}")
+    by_level("--growth.batch-sizes", config.growth.batch_sizes, whole=True)
+    by_level("--growth.lr-multipliers", config.growth.lr_multipliers)
     if not -1 < config.aug.target < 1:
         raise UserError(f"--aug.target {config.aug.target}: expected a mean sign, between -1 and 1")
     _validate_conditioning(config)
     base = config.network.channel_base
     if base is not None and base < res:
         raise UserError(f"--network.channel-base {base}: leaves less than one channel at {res} px; try {64 * res}")
+
+
+def by_level(option: str, text: str | None, whole: bool = False) -> dict[int, float]:
+    """Read "4:128,32:64" as {4: 128, 32: 64}.
+
+    Args:
+        option: its name, for messages.
+        text: None or empty for no level.
+        whole: the numbers are whole.
+
+    Raises:
+        UserError: it is something else.
+    """
+    found: dict[int, float] = {}
+    for part in (text or "").split(",") if text else []:
+        level, _, number = part.strip().partition(":")
+        try:
+            found[int(level)] = int(number) if whole else float(number)
+        except ValueError:
+            raise UserError(f"{option} {text}: {part!r} found, expected LEVEL:NUMBER, such as 4:128,32:64") from None
+        if int(level) < 4 or int(level) & (int(level) - 1) or not 0 < found[int(level)] < 2**20:
+            raise UserError(f"{option} {text}: {part!r} found, expected a power of two from 4, and a number above 0")
+    return found
+
+
+def at_level(table: Mapping[int, float], res: int, default: float) -> float:
+    """Return what a table of `by_level` says of a resolution: the entry of the highest level that is not above it."""
+    below = [level for level in table if level <= res]
+    return table[max(below)] if below else default
 
 
 def _validate_conditioning(config: Config) -> None:

@@ -42,7 +42,6 @@ def test_presets_are_the_published_settings(preset, res):
 def test_every_preset_resolves_on_any_number_of_devices(preset, res, world_size):
     config = resolve(Config(res=res, preset=preset), world_size)
     assert (config.batch_size / world_size) % config.batch_gpu == 0
-    assert config.batch_gpu % config.network.mbstd_group_size == 0
     assert None not in (config.kimg, config.loss.r1_gamma, config.ema.rampup, config.optim.d_lr)
 
 
@@ -63,7 +62,6 @@ def test_auto_follows_the_batch_size_in_effect():
     small, large = (resolve(Config(res=64, batch_size=n), 1) for n in (2, 32))
     assert small.loss.r1_gamma == 16 * large.loss.r1_gamma
     assert small.ema.kimg * 16 == large.ema.kimg
-    assert (small.network.mbstd_group_size, large.network.mbstd_group_size) == (2, 4)
 
 
 def test_what_the_user_says_wins():

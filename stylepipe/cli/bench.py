@@ -113,9 +113,7 @@ def bench_step(step: Step, accelerator: Accelerator) -> dict[str, Any]:
     if not isinstance(config.batch_gpu, int):
         raise UserError(f"--batch-gpu {config.batch_gpu}: expected a number; a benchmark must be repeatable")
     batch_size = filled(config.batch_size)
-    engine = Engine(
-        GANRecipe(config, accelerator.device), batch_gpu=config.batch_gpu, optim=config.optim, ema=config.ema
-    )
+    engine = Engine(GANRecipe(config, accelerator.device), optim=config.optim, ema=config.ema)
     phases = len(engine.recipe.phases)
     with tqdm(total=(step.repeats + 1) * phases, unit="phase", disable=not sys.stderr.isatty()) as bar:
         seconds = time_phases(engine, *random_batch(engine, config.res, 0), step.repeats, bar.update)

@@ -58,7 +58,7 @@ def _measured_flops(config: Config, c_dim: int, device: torch.device) -> float:
     batch_gpu = config.batch_gpu if device.type == "cuda" else largest_divisor(config.batch_gpu, 4)
     config = replace(config, res=res)
     recipe = trial(config, c_dim, device, batch_gpu)
-    engine = Engine(recipe, batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
+    engine = Engine(recipe, optim=config.optim, ema=config.ema)
     seconds = amortised(engine, time_phases(engine, *random_batch(engine, res, c_dim), repeats=1)) / batch_gpu
     cost = estimate(trial(config, c_dim, torch.device("meta"), batch_gpu), res, c_dim, batch_gpu)
     return flops_per_image(recipe, cost, batch_gpu) / seconds

@@ -12,6 +12,7 @@ import tyro
 
 from stylepipe.datasets.manifest import MANIFEST_FILE, Manifest
 from stylepipe.datasets.prepare import prepare
+from stylepipe.datasets.shards import open_dataset, stored_levels
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class PrepareOptions:
     """Label the images: from dataset.json in SOURCE, {"labels": [["sub/0001.png", 3 or [0.1, -0.7]], ...]}; without
     that file, the class of an image is the top-level sub-folder it lies in."""
 
+    levels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Store the images also at every power of two from 4 px to half of --res, for presets that grow; with png
+    half as much room again. Training makes them in the cache where they are missing."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare a dataset and print one line about it."""
@@ -51,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_format=options.image_format,
         upscale=options.upscale,
         labels=options.labels,
+        levels=options.levels,
     )
     print(summary(manifest, options.out))
 
@@ -58,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def summary(manifest: Manifest, out: Path) -> str:
     """Say in one line what was written, where, and how many files were skipped why."""
     size = sum(record.bytes for record in manifest.files())
+    dataset = open_dataset(out)
+    levels = [dataset.level(resolution).manifest for resolution in stored_levels(dataset.levels)]
     classes = (
         f" of {len(manifest.classes)} classes" if manifest.classes else " with label vectors" if manifest.labels else ""
     )
     line = f"{manifest.count:,} images{classes} at {manifest.resolution} px in {out} ({size / 1e6:,.1f} MB)"
+    if levels:
+        more = sum(record.bytes for level in levels for record in level.files())
+        line += f" and from {levels[0].resolution} to {levels[-1].resolution} px ({more / 1e6:,.1f} MB)"
     if not manifest.skipped:
         return f"{line}; no file skipped"
     reasons = Counter(skipped.reason for skipped in manifest.skipped)

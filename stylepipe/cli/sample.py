@@ -30,15 +30,21 @@ MAX_PLACES = 10_000
 MAX_SEEDS_IN_NAME = MAX_LABEL_IN_NAME = 60  # characters; file systems allow 255 in all
 
 
-class StyleGenerator(Protocol):
+class AnyGenerator(Protocol):
     """What sampling needs of a generator, whichever paper it is from."""
 
     config: dict[str, Any]
     """With c_dim, the label dimensions, and class_w_avg if it keeps mean styles of classes."""
+    z_dim: int
+    """Dimensions of z."""
     mapping: Any
-    """(z [N, mapping.z_dim], c, truncation_psi, truncation_cutoff, class_centers) -> ws."""
+    """Of one with styles: (z [N, z_dim], c, truncation_psi, truncation_cutoff, class_centers) -> ws."""
     synthesis: Callable[..., Tensor]
-    """(ws, noise_mode) -> img [N, 3, R, R] in [-1, 1]."""
+    """Of one with styles: (ws, noise_mode) -> img [N, 3, R, R] in [-1, 1]."""
+
+    def __call__(self, z: Tensor, c: Tensor | None) -> Tensor:
+        """Make img [N, 3, R, R] in [-1, 1] of z and labels c [N, c_dim]."""
+        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Give the weights."""
@@ -104,6 +110,8 @@ def sample(options: SampleOptions) -> Path:
     G = _generator(options.network, device)
     metadata = read_header(options.network).metadata
     c = labels_to_draw(options.network, G.config["c_dim"], metadata, options.class_name, options.label)
+    if not hasattr(G, "mapping"):
+        _check_plain(options)
     if options.trunc_center == "class" and not G.config.get("class_w_avg"):
         raise UserError("--trunc-center class: this network keeps no means of classes; leave it out")
     if c is not None and options.class_name == ALL:
@@ -144,7 +152,7 @@ def latents(seeds: list[int], z_dim: int) -> NDArray[np.float32]:
 
 
 def _rows_of_classes(
-    G: StyleGenerator, c: Tensor, seeds: list[int], shape: tuple[int, int] | None, options: SampleOptions
+    G: AnyGenerator, c: Tensor, seeds: list[int], shape: tuple[int, int] | None, options: SampleOptions
 ) -> Path:
     """Make a grid of one row per class, each of the same seeds, and write it."""
     columns, rows = shape or (len(seeds), 0)
@@ -195,36 +203,50 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _generator(path: Path, device: torch.device) -> StyleGenerator:
+def _generator(path: Path, device: torch.device) -> AnyGenerator:
     network = load_network(path, device)
-    if not hasattr(network, "synthesis"):
+    if "z_dim" not in getattr(network, "config", {}):
         raise UserError(f"{path}: holds a {type(network).__name__}; expected a generator")
     if notice := license_notice(path, read_header(path)):
         print(notice, file=sys.stderr)
-    return cast(StyleGenerator, network)
+    return cast(AnyGenerator, network)
 
 
-def _images(
-    G: StyleGenerator, c: Tensor | None, seeds: list[int], options: SampleOptions
-) -> Iterator[NDArray[np.uint8]]:
+def _images(G: AnyGenerator, c: Tensor | None, seeds: list[int], options: SampleOptions) -> Iterator[NDArray[np.uint8]]:
     """Give each seed's image, [R, R, 3] uint8; c [1 or N, c_dim] has one label for all, or each image's own."""
     device = next(G.parameters()).device
     batch = 1 if options.noise == "random" else options.batch
     for start in range(0, len(seeds), batch):
         part = seeds[start : start + batch]
-        z = torch.from_numpy(latents(part, G.mapping.z_dim)).to(device)
+        z = torch.from_numpy(latents(part, G.z_dim)).to(device)
         labels = None if c is None else c.expand(len(seeds), -1)[start : start + batch].to(device)
         if options.noise == "random":
             torch.manual_seed(part[0])
-        ws = G.mapping(
-            z,
-            labels,
-            truncation_psi=options.trunc,
-            truncation_cutoff=options.trunc_cutoff,
-            class_centers=options.trunc_center != "all",
-        )
-        img = G.synthesis(ws, noise_mode=options.noise)
-        yield from to_uint8(img).cpu().numpy()
+        yield from to_uint8(_image(G, z, labels, options)).cpu().numpy()
+
+
+def _image(G: AnyGenerator, z: Tensor, labels: Tensor | None, options: SampleOptions) -> Tensor:
+    if not hasattr(G, "mapping"):
+        return G(z, labels)
+    ws = G.mapping(
+        z,
+        labels,
+        truncation_psi=options.trunc,
+        truncation_cutoff=options.trunc_cutoff,
+        class_centers=options.trunc_center != "all",
+    )
+    return G.synthesis(ws, noise_mode=options.noise)
+
+
+def _check_plain(options: SampleOptions) -> None:
+    """Refuse options that a generator without styles would leave unused."""
+    for name in ("trunc", "trunc_cutoff", "trunc_center", "noise"):
+        value = getattr(options, name)
+        if value != getattr(SampleOptions(options.network), name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: {options.network} holds a generator without styles, which has "
+                f"neither truncation nor noise; leave it out"
+            )
 
 
 def _place(options: SampleOptions, count: int, c: Tensor | None) -> tuple[Path, bool]:

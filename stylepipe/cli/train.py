@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from accelerate.utils import gather_object
 from stylepipe.cli.dry_run import dry_run
 from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
 from stylepipe.config import Config, filled, from_mapping
-from stylepipe.datasets.cache import dataset_for_training, label_dimensions
+from stylepipe.datasets.cache import dataset_for_training, label_dimensions, levels_for_training
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
@@ -82,6 +83,7 @@ def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
     Raises:
         UserError: the file is no YAML of known options, or the network file can be no beginning of what they ask for.
     """
+    argv = [re.sub(r"^--loss(?=$|=)", "--loss.kind", argument) for argument in argv]
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     early.add_argument("--init")
@@ -141,7 +143,7 @@ def train(config: Config, accelerator: Accelerator) -> int:
     with ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(only_run_in(out))
-        recipe = make_recipe(config, dataset, c_dim, accelerator.device)
+        recipe = make_recipe(config, dataset, c_dim, accelerator)
         lines: list[str] = []
         origin: dict[str, str] = {}
         if config.init is not None and state is None:
@@ -182,7 +184,10 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
         return config, state, None, label_dimensions(config.data) if config.cond else 0
     # Every process asks: the first on its machine prepares the data, the others wait for it.
-    dataset = open_dataset(dataset_for_training(config.data, config.res, labels=config.cond), config.res)
+    lowest = filled(config.growth.start_res)
+    levels = None if config.dry_run or lowest == config.res else lowest
+    path = dataset_for_training(config.data, config.res, labels=config.cond, levels=levels)
+    dataset = open_dataset(path, config.res, None if levels is None else levels_for_training(path, levels))
     check_labels(config, dataset.manifest.classes)
     if dataset.manifest.skipped and accelerator.is_main_process:
         left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
@@ -209,13 +214,16 @@ def tell_full_length(config: Config, trainer: Trainer, c_dim: int) -> None:
     """Say how long the preset's full training would take at the speed of this one."""
     world_size = trainer.accelerator.num_processes
     full_kimg = filled(PRESETS[str(config.preset)](config.res, world_size, config.batch_size).kimg)
+    if filled(config.growth.start_res) < config.res:  # what was measured was another network for the most part
+        return
     steps = (trainer.total_images - trainer.first_image) // filled(config.batch_size)
     if trainer.total_images >= full_kimg * 1000 or trainer.sec_per_kimg is None or steps == 0:
         return
     # A short run has lazy phases more often than a long one, its first step all of them.
     first = trainer.first_image // filled(config.batch_size)
-    recipe = trial(config, c_dim, torch.device("meta"), trainer.batch_gpu)
-    cost = estimate(recipe, config.res, c_dim, trainer.batch_gpu).flops
+    batch_gpu = trainer.stage.batch_gpu
+    recipe = trial(config, c_dim, torch.device("meta"), batch_gpu)
+    cost = estimate(recipe, config.res, c_dim, batch_gpu).flops
     done = sum(cost[p.name] * len(range(-first % p.interval, steps, p.interval)) for p in recipe.phases) / steps
     sec_per_kimg = trainer.sec_per_kimg * sum(cost[p.name] / p.interval for p in recipe.phases) / done
     trainer.say(
@@ -261,9 +269,14 @@ def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Co
     return with_batch_gpu(config, largest_batch_gpu(build, config, c_dim, per_process, accelerator.device))
 
 
-def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, device: torch.device) -> GANRecipe:
+def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, accelerator: Accelerator) -> GANRecipe:
     """Build what is trained; labels of generated images are drawn from those of the data."""
+    device, world_size = accelerator.device, accelerator.num_processes
     if c_dim == 0:
-        return GANRecipe(config, device)
+        return GANRecipe(config, device, world_size=world_size)
+
+    def labels_at(ids: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(dataset.labels(ids))
+
     vectors = dataset.manifest.classes is None
-    return GANRecipe(config, device, c_dim, lambda ids: torch.from_numpy(dataset.labels(ids)), len(dataset), vectors)
+    return GANRecipe(config, device, c_dim, labels_at, len(dataset), vectors, world_size)

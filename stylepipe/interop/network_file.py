@@ -41,6 +41,14 @@ FORMAT_VERSION = 2
 NETWORKS = {
     "stylegan2.Generator": "stylepipe.networks.stylegan2:Generator",
     "stylegan2.Discriminator": "stylepipe.networks.stylegan2:Discriminator",
+    "stylegan.Generator": "stylepipe.networks.stylegan:Generator",
+    "stylegan.Discriminator": "stylepipe.networks.stylegan:Discriminator",
+    "progan.Generator": "stylepipe.networks.progan:Generator",
+    "progan.Discriminator": "stylepipe.networks.progan:Discriminator",
+    "r3gan.Generator": "stylepipe.networks.r3gan:Generator",
+    "r3gan.Discriminator": "stylepipe.networks.r3gan:Discriminator",
+    "dcgan.Generator": "stylepipe.networks.dcgan:Generator",
+    "dcgan.Discriminator": "stylepipe.networks.dcgan:Discriminator",
 }
 
 FOREIGN_SUFFIXES = {".pkl", ".pt"}  # of what `stylepipe convert` reads

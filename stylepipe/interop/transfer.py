@@ -100,7 +100,13 @@ def fill_discriminator(target: Discriminator, source: Discriminator, same_labels
         if res > before:
             features = source.get_submodule(f"b{before}").fromrgb if res == 2 * before else None
             assert features is None or isinstance(features, Conv2d)
-            _pass_on(target.get_submodule(f"b{res}"), features, target.config["img_channels"])
+            block = target.get_submodule(f"b{res}")
+            assert isinstance(block, DiscriminatorBlock)
+            if target.architecture == "skip":  # every level reads the image itself: the new one adds nothing to it
+                for parameter in block.conv1.parameters():
+                    parameter.zero_()
+            else:
+                _pass_on(block, features, target.config["img_channels"])
 
 
 def _copy(target: nn.Module, source: nn.Module, left_out: tuple[str, ...]) -> None:
@@ -159,20 +165,14 @@ def _remake_head(target: Discriminator, source: Discriminator) -> None:
     out.store_(weight, bias)
 
 
-def _pass_on(block: nn.Module, features: Conv2d | None, img_channels: int) -> None:
+def _pass_on(block: DiscriminatorBlock, features: Conv2d | None, img_channels: int) -> None:
     """Let a new level hand on the image, downsampled: as it comes, or as what the source's fromRGB made of it.
 
     An image passes leaky ReLUs unharmed in pairs of feature maps: lrelu(x) - lrelu(-x) = (1 + slope) x. So fromRGB
     gives +-x, the first convolution takes the differences at its centre and gives +-x again, and the second one, whose
     filter and centre together are downsample2d, gives either +-x to the next new level, or `features`. Feature maps
-    beyond the pairs are random as ever, but not yet read. With the skip architecture, where every level reads the
-    image itself, the second convolution gives 0.
+    beyond the pairs are random as ever, but not yet read.
     """
-    assert isinstance(block, DiscriminatorBlock)
-    if block.passes_image_on:
-        for parameter in block.conv1.parameters():
-            parameter.zero_()
-        return
     signs = torch.cat([torch.eye(img_channels), -torch.eye(img_channels)]).to(block.conv0.weight.device)
     if block.fromrgb is not None:
         _mix(block.fromrgb, signs)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stylepipe.errors import UserError
+from stylepipe.config import largest_divisor
 from stylepipe.kernels import (
     act_fir,
     activation_gain,
@@ -62,6 +62,10 @@ class Equalized(nn.Module):
         """Return the weight [out, in, ...] and bias [out] that act on x: scales and activation gain are in them."""
         assert self.bias is not None
         return self.weight * self._weight_gain, self.bias * self._bias_gain
+
+    def gains(self) -> tuple[float, float]:
+        """Return by what the stored weight and bias are multiplied."""
+        return self._weight_gain, self._bias_gain
 
     @torch.no_grad()
     def store_(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -307,7 +311,7 @@ class ToRGB(nn.Module):
 class MinibatchStdDev(nn.Module):
     """Append the standard deviation over groups of images as further channels.
 
-    Karras et al. 2018, arXiv:1710.10196, section 3. The statistics are float32.
+    Karras et al. 2018, arXiv:1710.10196, section 3. The statistics are float32 (float64 for float64).
     """
 
     def __init__(self, group_size: int, num_channels: int = 1) -> None:
@@ -316,17 +320,16 @@ class MinibatchStdDev(nn.Module):
         self.num_channels = num_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, C, H, W] to [N, C + num_channels, H, W]; image n belongs to group n mod (N / group size)."""
+        """Map x [N, C, H, W] to [N, C + num_channels, H, W]; image n belongs to group n mod (N / group size).
+
+        Groups are of the largest size up to the one asked for that divides the batch.
+        """
         if self.num_channels == 0:
             return x
         n, c, h, w = x.shape
-        group = min(self.group_size, n)
-        if n % group:
-            raise UserError(
-                f"mbstd_group_size {self.group_size}: does not divide the batch of {n} images on this device; "
-                f"choose a divisor, such as {math.gcd(self.group_size, n)}, or another batch size"
-            )
-        y = x.float().reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
+        group = largest_divisor(n, self.group_size)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
         y = y - y.mean(dim=0)
         y = (y.square().mean(dim=0) + _STDDEV_EPS).sqrt().mean(dim=(2, 3, 4))  # [N / group, num_channels]
         y = y.to(x.dtype).repeat(group, 1)[:, :, None, None].expand(n, self.num_channels, h, w)

@@ -15,13 +15,24 @@ from stylepipe.config import (
     AugmentConfig,
     AugmentMode,
     Config,
+    GrowthConfig,
     filled,
     largest_divisor,
     overlay,
     validate,
 )
 from stylepipe.errors import UserError
-from stylepipe.presets import auto, paper256, paper1024, stylegan2, transfer
+from stylepipe.presets import auto, dcgan, paper256, paper1024, progan, r3gan, stylegan, stylegan2, transfer
+from stylepipe.presets.defaults import (
+    NETWORKS,
+    STYLED,
+    auto_gamma,
+    check_loss,
+    check_network,
+    loss_defaults,
+    used_by,
+    without_regularizers,
+)
 
 Preset = Callable[[int, int, int | None], Config]
 
@@ -31,6 +42,10 @@ PRESETS: dict[str, Preset] = {
     "paper256": paper256.preset,
     "auto": auto.preset,
     "transfer": transfer.preset,
+    "stylegan": stylegan.preset,
+    "progan": progan.preset,
+    "r3gan": r3gan.preset,
+    "dcgan": dcgan.preset,
 }
 
 CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 activations in range
@@ -40,6 +55,7 @@ CONV_CLAMP_HALF = 256.0  # Karras et al. 2020 (arXiv:2006.06676): keeps float16 
 # (arXiv:2501.05441).
 AUGMENT_P: Mapping[str, float] = {"ada": 0.0, "fixed": 0.2, "diff": 1.0, "schedule": 0.3}
 ADA_SPEED_KIMG = 500.0
+GROWTH_KIMG = 600.0
 AUGMENT_USES: Mapping[AugmentMode, Collection[str]] = {
     "none": (),
     "ada": ("pipe", "p", "target", "interval", "speed_kimg", *AUGMENTATIONS),
@@ -66,10 +82,14 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
         raise UserError(f"--preset {name}: unknown preset; {hint}")
     defaults = PRESETS[name](config.res, world_size, config.batch_size)
     batch_gpu_given = config.batch_gpu is not None
+    check_network(config, config.network.kind or defaults.network.kind or "stylegan2")
+    _check_schedules(defaults, config)
     augment = config.augment or defaults.augment or "none"
     check_augment(config.aug, augment)
-    config = with_augment(overlay(replace(defaults, preset=name), config), augment)
+    preset = replace(defaults, preset=name, aug=defaults.aug if augment == defaults.augment else AugmentConfig())
+    config = with_augment(_with_parts(preset, config), augment)
     validate(config)
+    check_loss(config)
 
     batch_size = filled(config.batch_size)
     if batch_size % world_size:
@@ -93,9 +113,72 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
 
 
 def with_batch_gpu(config: Config, batch_gpu: int) -> Config:
-    """Set the micro-batch, and the minibatch stddev group to its largest divisor up to the preset's."""
-    group = largest_divisor(batch_gpu, filled(config.network.mbstd_group_size))
-    return replace(config, batch_gpu=batch_gpu, network=replace(config.network, mbstd_group_size=group))
+    """Set the micro-batch of the full resolution."""
+    return replace(config, batch_gpu=batch_gpu)
+
+
+def _with_parts(preset: Config, config: Config) -> Config:
+    """Fill what is open from the preset, then from the paper of the networks, then from that of the loss.
+
+    What a preset says of other networks or of another loss than those asked for does not count.
+    """
+    kind = config.network.kind or preset.network.kind or "stylegan2"
+    loss_kind = config.loss.kind or preset.loss.kind or "non-saturating"
+    loss, preset_kind = preset.loss, preset.loss.kind or "non-saturating"
+    if loss_kind != preset_kind:
+        loss = without_regularizers(loss)
+    if kind not in STYLED:
+        loss = replace(loss, pl_weight=None, style_mixing=None)
+    filling = replace(preset, network=used_by(preset.network, kind), loss=loss)
+    config = overlay(NETWORKS[kind], overlay(filling, config))
+    own = preset.loss.r1_gamma  # tuned to this resolution and batch, if it is above 0
+    gamma = own if own else auto_gamma(config.res, filled(config.batch_size))
+    loss = config.loss
+    for default in loss_defaults(loss_kind, gamma):
+        loss = overlay(default, loss)
+    network = replace(config.network, kind=kind)
+    if kind == "dcgan" and network.norm is None:
+        penalized = any((loss.r1_gamma, loss.r2_gamma, loss.gp_weight))
+        network = replace(network, norm="none" if penalized else "batch")
+    growth, ema, anneal = config.growth, config.ema, config.anneal
+    return replace(
+        config,
+        network=network,
+        loss=replace(loss, kind=loss_kind, pl_weight=loss.pl_weight or 0.0, style_mixing=loss.style_mixing or 0.0),
+        growth=_filled_growth(growth, config.res),
+        ema=replace(ema, kimg=0.0 if ema.kimg is None else ema.kimg, rampup=ema.rampup or 0.0),
+        anneal=replace(anneal, kimg=anneal.kimg or 0.0),
+    )
+
+
+def _filled_growth(growth: GrowthConfig, res: int) -> GrowthConfig:
+    """Fill what is open: no growth, or the lengths of Karras et al. 2018, arXiv:1710.10196, as they were published."""
+    start_res = res if growth.start_res is None else growth.start_res
+    if start_res == res:
+        return GrowthConfig(start_res=start_res)
+    lengths = GrowthConfig(stable_kimg=GROWTH_KIMG, fade_kimg=GROWTH_KIMG)
+    return overlay(lengths, replace(growth, start_res=start_res))
+
+
+def _check_schedules(preset: Config, config: Config) -> None:
+    """Refuse options of growing and annealing where nothing grows or anneals.
+
+    Raises:
+        UserError: names the option, and what would make use of it.
+    """
+    start_res = config.growth.start_res or preset.growth.start_res or config.res
+    length = preset.anneal.kimg if config.anneal.kimg is None else config.anneal.kimg
+    if start_res == config.res:
+        for name, value in vars(config.growth).items():
+            if name != "start_res" and value is not None:
+                raise UserError(
+                    f"--growth.{name.replace('_', '-')} {value}: nothing grows; add --growth.start-res with less than "
+                    f"{config.res}, or leave it out"
+                )
+    if not length:
+        for name, value in vars(config.anneal).items():
+            if name != "kimg" and value is not None:
+                raise UserError(f"--anneal.{name} {value}: nothing anneals; add --anneal.kimg, or leave it out")
 
 
 def check_augment(aug: AugmentConfig, mode: AugmentMode) -> None:

@@ -9,6 +9,7 @@ Expected:  a good start on new data; no score is published
 from __future__ import annotations
 
 from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig, OptimConfig
+from stylepipe.presets.defaults import auto_gamma
 
 
 def preset(res: int, world_size: int, batch_size: int | None) -> Config:
@@ -25,7 +26,7 @@ def preset(res: int, world_size: int, batch_size: int | None) -> Config:
         network=NetworkConfig(
             channel_base=32768 if res >= 512 else 16384, channel_max=512, mapping_layers=2, mbstd_group_size=4
         ),
-        loss=LossConfig(r1_gamma=0.0002 * res**2 / batch_size),
+        loss=LossConfig(r1_gamma=auto_gamma(res, batch_size)),
         optim=OptimConfig(g_lr=learning_rate, d_lr=learning_rate),
         ema=EMAConfig(kimg=batch_size * 10 / 32, rampup=0.05),
     )

@@ -34,16 +34,17 @@ class Augmentation:
     def __init__(self, config: Config, draws: Draws, device: torch.device) -> None:
         aug = config.aug
         self._draws = draws
-        pipeline = _pipeline(config)
-        self._pipeline = None if pipeline is None else pipeline.to(device)
+        start, full = filled(config.growth.start_res).bit_length() - 1, config.res.bit_length() - 1
+        levels = range(start, full + 1) if config.augment != "none" else ()
+        self._pipelines = {2**k: _pipeline(config, 2**k).to(device) for k in levels}
         self._ada: AdaptiveProbability | None = None
         self._rise: tuple[float, float] | None = None
         self.p: Tensor | None = None
         self.state: Mapping[str, Tensor] = {}
         self.headline: Mapping[str, str] = {}
         if config.augment == "ada":
-            start, unit = filled(aug.p), filled(aug.speed_kimg) * 1000
-            self._ada = AdaptiveProbability(start, aug.target, aug.interval, unit, device)
+            begin, unit = filled(aug.p), filled(aug.speed_kimg) * 1000
+            self._ada = AdaptiveProbability(begin, aug.target, aug.interval, unit, device)
             self.p, self.state = self._ada.p, self._ada.state
         elif config.augment != "none":
             self.p = torch.full((), filled(aug.p), device=device)
@@ -53,23 +54,27 @@ class Augmentation:
             kimg = config.kimg if aug.schedule_kimg is None else aug.schedule_kimg
             self._rise = (filled(kimg) * 1000, filled(aug.p))
 
+    def begin(self, stage: Stage) -> None:
+        """Set a probability that is scheduled to what it is at this stage."""
+        if self._rise is not None:
+            assert self.p is not None
+            self.p.fill_(cosine_rise(stage.images_seen, *self._rise))
+
     def __call__(self, img: Tensor, purpose: str, batch: MicroBatch) -> Tensor:
         """Return img [N, C, H, W] float32 as the discriminator sees it, for the images at the batch's positions.
 
         `purpose` tells the draws of one use of a position from those of another.
         """
-        if self._pipeline is None:
+        if self.p is None:
             return img
-        assert self.p is not None
-        if self._rise is not None:
-            self.p.fill_(cosine_rise(batch.stage.images_seen, *self._rise))
+        pipeline = self._pipelines[img.shape[-1]]
         positions, name = batch.positions, f"{purpose}/augment"
-        uniform = self._draws.uniforms(f"{name}/uniform", positions, self._pipeline.num_uniform)
-        normal = self._draws.normal(f"{name}/normal", positions, self._pipeline.num_normal)
+        uniform = self._draws.uniforms(f"{name}/uniform", positions, pipeline.num_uniform)
+        normal = self._draws.normal(f"{name}/normal", positions, pipeline.num_normal)
         noise = None
-        if self._pipeline.needs_noise:
+        if pipeline.needs_noise:
             noise = self._draws.image_noise(f"{name}/noise", positions, img.shape[1:])
-        return self._pipeline(img, self.p, uniform, normal, noise)
+        return pipeline(img, self.p, uniform, normal, noise)
 
     def record(self, real_logits: Tensor, record: Record) -> None:
         """Take note of D's logits [N, 1] of augmented real images, and report p."""
@@ -85,10 +90,5 @@ class Augmentation:
             self._ada.follow(averages["real_sign"], stage.batch_size)
 
 
-def _pipeline(config: Config) -> AdaPipeline | DiffAugment | None:
-    if config.augment == "none":
-        return None
-
-    if config.augment == "diff":
-        return DiffAugment(config.res)
-    return AdaPipeline(strengths_of(config.aug), config.res)
+def _pipeline(config: Config, res: int) -> AdaPipeline | DiffAugment:
+    return DiffAugment(res) if config.augment == "diff" else AdaPipeline(strengths_of(config.aug), res)

@@ -41,6 +41,7 @@ class Arena:
         buffer = torch.zeros(total, device=device)
         windows = {name: slice(offsets[name], offsets[name] + p.numel()) for name, p in named.items()}
         self.frozen = [windows[name] for name, p in named.items() if not p.requires_grad]
+        self._windows = {id(p): windows[name] for name, p in named.items()}
         self.grad: Tensor | None = torch.zeros(total, device=device) if with_grad else None
         for name, p in named.items():
             view = buffer[windows[name]].view(p.shape)
@@ -51,9 +52,22 @@ class Arena:
         self.params = nn.Parameter(buffer, requires_grad=with_grad)
         self.params.grad = self.grad
 
-    def zero_grad(self) -> None:
-        assert self.grad is not None
-        self.grad.zero_()
+    def windows(self, parameters: Iterable[nn.Parameter]) -> list[slice]:
+        """Return the fewest parts of `params` in which the given parameters lie, and no others but frozen ones.
+
+        Those frozen have gradients of 0 and lose nothing by being stepped.
+        """
+        wanted = {id(p) for p in parameters}
+        trained = {id(p) for p in self.trained}
+        found: list[slice] = []
+        joined = False  # everything since the last part that is wanted may be stepped with it
+        for key, window in self._windows.items():
+            if key in wanted:
+                found.append(slice(found.pop().start if joined else window.start, window.stop))
+                joined = True
+            elif key in trained:
+                joined = False
+        return found
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

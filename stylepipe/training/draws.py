@@ -34,7 +34,7 @@ class Draws:
     def uniform(self, purpose: str, positions: Sequence[int]) -> Tensor:
         """Return uniform numbers in [0, 1), [N] float32."""
         numbers = [self._philox(purpose, p).random(dtype=np.float32) for p in positions]
-        return self.to_device(torch.from_numpy(np.array(numbers)))
+        return self.to_device(torch.from_numpy(np.array(numbers, dtype=np.float32)))
 
     def uniforms(self, purpose: str, positions: Sequence[int], size: int) -> Tensor:
         """Return uniform numbers in [0, 1), [N, size] float32; the first of a row is that of `uniform`."""

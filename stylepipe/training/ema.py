@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -32,7 +34,8 @@ class EMA:
         self._weight = torch.zeros((), device=source.params.device)
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """Move towards the source by 1 - decay."""
+    def update(self, decay: float, windows: Sequence[slice]) -> None:
+        """Move these parts towards the source by 1 - decay."""
         self._weight.fill_(1 - decay)  # a device scalar: a captured step can go on reading it
-        self.arena.params.lerp_(self.source.params, self._weight)
+        for window in windows:
+            self.arena.params[window].lerp_(self.source.params[window], self._weight)

@@ -7,12 +7,14 @@ as a device scalar.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stylepipe.config import EMAConfig, OptimConfig, filled
 from stylepipe.datasets.reader import Batch
+from stylepipe.training.adam import Adam
 from stylepipe.training.arena import Arena, mark_trained
 from stylepipe.training.distributed import average_
 from stylepipe.training.ema import EMA, ema_decay
@@ -20,25 +22,32 @@ from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
 
+@dataclass(frozen=True)
+class Used:
+    """What a stage uses of a network: parameters, and where they lie in its arena."""
+
+    parameters: list[nn.Parameter]
+    windows: list[slice]
+
+
 class Engine:
     """Trains the networks of a recipe, one batch after another.
 
     Args:
         recipe: networks on their device, and what to do with them.
-        batch_gpu: images that one device works on at a time; divides this process's share of every batch.
         optim: Adam's settings.
         ema: half-life of the averages.
         rank, world_size: which of how many processes this is.
 
-    Image i of a batch of B belongs to micro-batch i mod (B / batch_gpu), and micro-batch s to process s mod world_size.
-    So the same images meet in minibatch stddev, whatever the number of processes.
+    The stage says how many images, batch_gpu, a device works on at a time. Image i of a batch of B belongs to
+    micro-batch i mod (B / batch_gpu), and micro-batch s to process s mod world_size. So the same images meet in
+    minibatch stddev, whatever the number of processes.
     """
 
     def __init__(
-        self, recipe: Recipe, *, batch_gpu: int, optim: OptimConfig, ema: EMAConfig, rank: int = 0, world_size: int = 1
+        self, recipe: Recipe, *, optim: OptimConfig, ema: EMAConfig, rank: int = 0, world_size: int = 1
     ) -> None:
         self.recipe = recipe
-        self.batch_gpu = batch_gpu
         self.rank, self.world_size = rank, world_size
         self.images_seen = 0
         self.arenas = {name: Arena(network) for name, network in recipe.networks.items()}
@@ -46,7 +55,9 @@ class Engine:
         self.optimizers = {name: self._optimizer(name, optim) for name in self.arenas}
         self.device = next(iter(self.arenas.values())).params.device
         self.record = Record(self.device)
-        self._ema = (filled(ema.kimg), filled(ema.rampup))
+        self._rampup = filled(ema.rampup)
+        self._used: dict[str, Used] = {}
+        self._structure: tuple[int, bool] | None = None
         for arena in self.arenas.values():
             arena.module.train()
             mark_trained(arena.trained, False)
@@ -54,14 +65,20 @@ class Engine:
     def step(self, batch: Batch) -> None:
         """Take one step on this process's share of a batch; counts the whole batch as seen."""
         stage = self.recipe.schedule.at(self.images_seen)
+        if 0 < stage.step == stage.first_step:  # moments of a network that was another one
+            for optimizer in self.optimizers.values():
+                optimizer.reset()
+        self._enter(stage)
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         for phase in self.recipe.phases:
             if stage.step % phase.interval == 0:
                 self.run_phase(phase, stage, images, labels)
         self.images_seen += stage.batch_size
-        for average in self.averages.values():
-            average.update(ema_decay(self.images_seen, stage.batch_size, *self._ema))
+        half_life = self.recipe.anneal(stage).ema_kimg
+        for name, average in self.averages.items():
+            decay = ema_decay(self.images_seen, stage.batch_size, half_life, self._rampup)
+            average.update(decay, self._used[name].windows)
 
     def run_phase(self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor) -> None:
         """Update one network.
@@ -70,29 +87,31 @@ class Engine:
             images: [batch_size / world_size, H, W, 3] uint8 on the device, this process's share in order of position.
             labels: [batch_size / world_size, c_dim] float32 on the device.
         """
-        arena, optimizer = self.arenas[phase.trains], self.optimizers[phase.trains]
-        rounds = len(images) // self.batch_gpu
-        assert rounds * self.batch_gpu == len(images) == stage.batch_size // self.world_size
-        mark_trained(arena.trained, True)
-        arena.zero_grad()
+        self._enter(stage)
+        self.recipe.begin(stage)
+        arena, optimizer, used = self.arenas[phase.trains], self.optimizers[phase.trains], self._used[phase.trains]
+        rounds = len(images) // stage.batch_gpu
+        assert rounds * stage.batch_gpu == len(images) == stage.batch_size // self.world_size
+        mark_trained(used.parameters, True)
+        assert arena.grad is not None
+        gradients = [arena.grad[window] for window in used.windows]
+        torch._foreach_zero_(gradients)
         for index in range(rounds):
             micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
             for term in phase.loss(micro_batch, self.record):
-                (term * (phase.interval / rounds)).backward(inputs=arena.trained)
-        mark_trained(arena.trained, False)
+                (term * ((phase.interval if phase.lazy else 1) / rounds)).backward(inputs=used.parameters)
+        mark_trained(used.parameters, False)
 
         averages = self.record.take_averages(rounds)
-        assert arena.grad is not None
         if self.world_size > 1:
-            average_([arena.grad, *averages.values()])
+            average_([*gradients, *averages.values()])
         # One look at all gradients; where any is not finite, the optimizer skips the update on the device.
-        norm = torch.linalg.vector_norm(arena.grad)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         failed = norm.isfinite().logical_not().float()
         self.record.stat(f"Gradient/{phase.name}/norm", norm)
         self.record.stat(f"Gradient/{phase.name}/not_finite", failed)
-        optimizer.found_inf = failed  # type: ignore[attr-defined]
-        optimizer.param_groups[0]["lr"].fill_(optimizer.param_groups[0]["initial_lr"] * stage.lr_multiplier)
-        optimizer.step()
+        annealed = self.recipe.anneal(stage)
+        optimizer.step(stage.lr_multiplier * annealed.lr, failed, annealed.beta2)
         phase.after(averages, stage)
 
     def state(self) -> dict[str, Tensor]:
@@ -100,7 +119,7 @@ class Engine:
         tensors = {f"recipe.{name}": tensor for name, tensor in self.recipe.state.items()}
         for name, arena in self.arenas.items():
             tensors[f"{name}.params"] = arena.params.detach()
-            tensors |= {f"{name}.{key}": value for key, value in self._adam_state(name).items()}
+            tensors |= {f"{name}.adam_{key}": value for key, value in self.optimizers[name].state.items()}
             kept = arena.module.state_dict().keys()
             buffers = {key: value for key, value in arena.module.named_buffers() if key in kept}
             tensors |= {f"{name}.buffer.{key}": value for key, value in buffers.items()}
@@ -126,34 +145,33 @@ class Engine:
             tensor.copy_(tensors[name])
         for name, arena in self.arenas.items():
             for window in arena.frozen:  # a mean gradient from before they were frozen would go on moving them
-                self.optimizers[name].state[arena.params]["exp_avg"][window].zero_()
+                self.optimizers[name].state["exp_avg"][window].zero_()
+        self._structure = None  # the number of steps has changed
 
-    def _optimizer(self, name: str, optim: OptimConfig) -> torch.optim.Adam:
+    def _enter(self, stage: Stage) -> None:
+        """Train what the stage uses, and nothing else."""
+        structure = (stage.resolution, stage.fading)
+        if structure == self._structure:
+            return
+        self._structure = structure
+        for name, modules in self.recipe.used_at(stage).items():
+            parameters = {id(p) for module in modules for p in module.parameters()}
+            arena = self.arenas[name]
+            used = [p for p in arena.trained if id(p) in parameters]
+            self._used[name] = Used(used, arena.windows(used))
+            self.optimizers[name].use(self._used[name].windows)
+
+    def _optimizer(self, name: str, optim: OptimConfig) -> Adam:
         """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).
 
         c = k / (k + 1) for interval k; lr and the exponents of both betas are multiplied by c.
         """
-        interval = max(phase.interval for phase in self.recipe.phases if phase.trains == name)
+        lazy = [phase.interval for phase in self.recipe.phases if phase.trains == name and phase.lazy]
+        interval = max(lazy, default=1)
         correction = interval / (interval + 1) if interval > 1 else 1.0
         learning_rate = self.recipe.learning_rates[name] * correction
-        params = self.arenas[name].params
-        return torch.optim.Adam(
-            [{"params": [params], "initial_lr": learning_rate}],
-            lr=torch.tensor(learning_rate, device=params.device),
-            betas=(optim.beta1**correction, optim.beta2**correction),
-            eps=optim.eps,
-            fused=True,
-        )
-
-    def _adam_state(self, name: str) -> dict[str, Tensor]:
-        """Return step count and moments, made now if no step has been taken."""
-        params = self.arenas[name].params
-        state = self.optimizers[name].state[params]
-        if not state:
-            state["step"] = torch.zeros((), device=params.device)
-            state["exp_avg"] = torch.zeros_like(params)
-            state["exp_avg_sq"] = torch.zeros_like(params)
-        return {"adam_" + key: value for key, value in state.items()}
+        betas = (filled(optim.beta1) ** correction, filled(optim.beta2) ** correction)
+        return Adam(self.arenas[name], learning_rate, betas, optim.eps)
 
     def _micro_batch(
         self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor, index: int, rounds: int

@@ -79,7 +79,7 @@ def _cost(
     device = torch.device("meta")
     img = torch.zeros(batch_gpu, 3, res, res, device=device).to(memory_format=torch.channels_last)
     labels = torch.zeros(batch_gpu, c_dim, device=device)
-    micro_batch = MicroBatch(list(range(batch_gpu)), recipe.schedule.at(0), img if phase.uses_reals else None, labels)
+    micro_batch = MicroBatch(list(range(batch_gpu)), recipe.schedule.final(), img if phase.uses_reals else None, labels)
     with _FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for term in phase.loss(micro_batch, Record(device)):
             peak = max(peak, sum(kept.values()))

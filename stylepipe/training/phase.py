@@ -80,8 +80,8 @@ def _nothing(averages: Mapping[str, Tensor], stage: Stage) -> None:
 class Phase:
     """One kind of update of one network.
 
-    A phase with interval k > 1 is a lazy regularizer (Karras et al. 2020, arXiv:1912.04958, appendix B): it runs every
-    k-th step with k times its loss. The engine corrects the optimizer of its network for the extra updates.
+    A lazy phase is a regularizer (Karras et al. 2020, arXiv:1912.04958, appendix B) that runs every k-th step with k
+    times its loss. The engine corrects the optimizer of its network for the extra updates.
 
     Attributes:
         name: as it stands in statistics, `G/main`.
@@ -90,6 +90,7 @@ class Phase:
         loss: yields the terms of the loss on one micro-batch, each a scalar. The engine back-propagates a term
             before it asks for the next, so that only one graph is alive.
         uses_reals: whether `MicroBatch.img` is filled.
+        lazy: whether the interval saves work only, and the loss is to make up for it.
         after: is given the averages that `loss` recorded and the step's stage, when the update is done.
     """
 
@@ -98,7 +99,23 @@ class Phase:
     interval: int
     loss: Callable[[MicroBatch, Record], Iterator[Tensor]]
     uses_reals: bool = False
+    lazy: bool = False
     after: Callable[[Mapping[str, Tensor], Stage], None] = field(default=_nothing)
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """Settings of the engine that vary in time.
+
+    Attributes:
+        lr: factor of both learning rates.
+        beta2: Adam's; None for the one it began with.
+        ema_kimg: half-life of the averages.
+    """
+
+    lr: float
+    beta2: float | None
+    ema_kimg: float
 
 
 class Recipe(Protocol):
@@ -108,7 +125,7 @@ class Recipe(Protocol):
         networks: each trained network by name.
         averaged: for some of them, a copy that follows as moving average.
         phases: in the order of a step.
-        learning_rates: of each network, before the correction for lazy phases.
+        learning_rates: of each network, before the correction for lazy phases and the stage's factor.
         schedule: the stage at every point of the image counter.
         headline: names of the statistics to show while training, by a short label.
         state: further tensors that resuming needs, by name; changed in place.
@@ -124,7 +141,19 @@ class Recipe(Protocol):
     state: Mapping[str, Tensor]
     optional: Collection[str]
 
-    def sample(self, columns: int, rows: int, batch_gpu: int) -> Tensor:
+    def begin(self, stage: Stage) -> None:
+        """Set what varies in time, all of it scalars on the device, to what the stage says."""
+        ...
+
+    def used_at(self, stage: Stage) -> Mapping[str, Sequence[nn.Module]]:
+        """Return the parts of each network that the stage uses, by the network's name: all others get no gradients."""
+        ...
+
+    def anneal(self, stage: Stage) -> Annealed:
+        """Return what else of the engine's settings varies in time."""
+        ...
+
+    def sample(self, columns: int, rows: int, stage: Stage) -> Tensor:
         """Return images for a grid at fixed latents, row by row, [N, H, W, 3] uint8 on the host."""
         ...
 
@@ -132,6 +161,6 @@ class Recipe(Protocol):
         """Return the class that each row of the grid shows; empty where rows belong to no class."""
         ...
 
-    def export(self) -> nn.Module:
-        """Return the network that users of the model want."""
+    def export(self, stage: Stage) -> tuple[nn.Module, Mapping[str, nn.Module]]:
+        """Return the network that users of the model want, and those to go on training from, as grown so far."""
         ...

@@ -57,8 +57,8 @@ def _fits_gpu(
     free = free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        engine = Engine(build(device, batch_gpu), batch_gpu=batch_gpu, optim=config.optim, ema=config.ema)
-        stage = engine.recipe.schedule.at(0)
+        engine = Engine(build(device, batch_gpu), optim=config.optim, ema=config.ema)
+        stage = engine.recipe.schedule.final()
         images, labels = random_batch(engine, config.res, c_dim)
         for phase in engine.recipe.phases:
             engine.run_phase(phase, stage, images, labels)

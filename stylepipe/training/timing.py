@@ -15,7 +15,7 @@ from stylepipe.training.phase import Phase
 
 def random_batch(engine: Engine, res: int, c_dim: int) -> tuple[Tensor, Tensor]:
     """Return (images, labels) like this process's share of a batch, of random content, on the device."""
-    count = engine.recipe.schedule.at(0).batch_size // engine.world_size
+    count = engine.recipe.schedule.final().batch_size // engine.world_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, res, res, 3), dtype=torch.uint8, generator=generator)
     return images.to(engine.device), torch.zeros(count, c_dim, device=engine.device)
@@ -29,7 +29,7 @@ def time_phases(
     The phases take turns, so that a slow moment of the machine does not fall on one of them alone. The optimizers
     and networks of `engine` move on. `done` is called after each run of a phase.
     """
-    stage = engine.recipe.schedule.at(0)
+    stage = engine.recipe.schedule.final()
 
     def seconds(phase: Phase) -> float:
         _wait(engine.device)

@@ -98,7 +98,7 @@ def _count_phase(
     device = torch.device("meta")
     img = torch.zeros(batch_size, 3, res, res, device=device).to(memory_format=torch.channels_last)
     batch = MicroBatch(
-        list(range(batch_size)), recipe.schedule.at(0), img if phase.uses_reals else None,
+        list(range(batch_size)), recipe.schedule.final(), img if phase.uses_reals else None,
         torch.zeros(batch_size, 0, device=device),
     )  # fmt: skip
     loss = gradient = Traffic()

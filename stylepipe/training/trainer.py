@@ -29,6 +29,7 @@ from stylepipe.training.checkpoint import State, check_fits, clear_remains, kimg
 from stylepipe.training.distributed import local_processes, on_main_process, sum_
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
+from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.launched import launcher_process
 from stylepipe.training.memory import peak_memory_gib
@@ -74,13 +75,10 @@ class Trainer:
         state: State | None = None,
         origin: Mapping[str, str] | None = None,
     ) -> None:
-        assert isinstance(config.batch_gpu, int)
         self.config, self.recipe, self.dataset, self.accelerator, self.out = config, recipe, dataset, accelerator, out
-        self.batch_gpu = config.batch_gpu
         self.is_main = accelerator.is_main_process
         self.engine = Engine(
             recipe,
-            batch_gpu=self.batch_gpu,
             optim=config.optim,
             ema=config.ema,
             rank=accelerator.process_index,
@@ -90,6 +88,7 @@ class Trainer:
         self.origin = dict(origin or {})
         if state is not None:
             check_fits(state, self.engine.layout())
+            _check_growth(state, config)
             self.engine.load_state(state.tensors, state.images_seen)
             resumed = state.images_seen
             self.origin = state.info.get("origin", {})
@@ -99,9 +98,9 @@ class Trainer:
                 logger.warning(
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
-        self.batch_size = filled(config.batch_size)
         self.first_image = self.engine.images_seen
-        self.total_images = last_image(self.first_image, filled(config.kimg), self.batch_size)
+        self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
+        self._last = self.stage
         self.sec_per_kimg: float | None = None
         self._seconds = 0.0
         settings = config_mapping(config)
@@ -133,25 +132,18 @@ class Trainer:
         self.say(self._opening())
         for line in self._changes:
             self.say(line)
-        reader = Reader(
-            self.dataset,
-            batch_size=self.batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            seed=self.config.seed,
-            mirror=self.config.mirror,
-            start=self.engine.images_seen,
-            num_workers=self._workers(),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
         with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
             if self.engine.images_seen == 0:
                 self._on_main(self._save_real_grid)
                 self._on_main(self._save_grid)
-            batches = iter(reader)
+            batches = self._batches()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             stop = self.engine.images_seen >= self.total_images
             while not stop:
+                if _data_of(self.stage) != _data_of(self._last):
+                    self.say(self._stage_line())
+                    batches = self._batches()
+                self._last = self.stage
                 self.engine.step(self._next(batches))
                 self.progress.update(self.engine.images_seen)
                 finished = self.engine.images_seen >= self.total_images
@@ -160,12 +152,33 @@ class Trainer:
         self.say(self._closing(interrupt))
         return interrupt
 
+    @property
+    def stage(self) -> Stage:
+        """What the training looks like now."""
+        return self.recipe.schedule.at(self.engine.images_seen)
+
     def close(self) -> None:
         """Let go of terminal, tracker and log."""
         self.progress.close()
         self.tracker.finish()
         if self.log is not None:
             self.log.close()
+
+    def _batches(self) -> Iterator[Batch]:
+        """Open the data where the training stands, at the resolution and batch size of its stage."""
+        stage = self.stage
+        reader = Reader(
+            self.dataset.level(stage.resolution),
+            batch_size=stage.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=self.config.seed,
+            mirror=self.config.mirror,
+            start=self.engine.images_seen,
+            num_workers=self._workers(),
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return iter(reader)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """Return the next batch; if the data fails, one process alone saves what it has learnt before it ends.
@@ -203,7 +216,7 @@ class Trainer:
         """Tell whether the last step crossed a multiple of `kimg`."""
         interval = max(1, round(kimg * 1000))
         seen = self.engine.images_seen
-        return seen // interval != (seen - self.batch_size) // interval
+        return seen // interval != (seen - self._last.batch_size) // interval
 
     def _tick(self) -> bool:
         """Report the means since the last tick; True if no update since then was finite."""
@@ -215,7 +228,8 @@ class Trainer:
         self.sec_per_kimg = self._seconds / (seen - self.first_image) * 1000
         stats |= {
             "Progress/kimg": seen / 1000,
-            "Progress/step": seen // self.batch_size,
+            "Progress/step": self._last.step + 1,
+            **self._growth(),
             "Timing/sec_per_kimg": seconds / images * 1000,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
@@ -254,7 +268,7 @@ class Trainer:
 
     def _save_grid(self) -> None:
         columns, rows = grid_shape(self.config.res)
-        images = self.recipe.sample(columns, rows, self.batch_gpu).numpy()
+        images = self.recipe.sample(columns, rows, self._last).numpy()
         grid = make_grid(images, columns)
         path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
         save_image(path, grid)
@@ -274,9 +288,11 @@ class Trainer:
             "config": config_mapping(self.config),
             "origin": self.origin,
         }
-        beside = self.recipe.networks if self.config.snapshot_with_d else None
+        network, beside = self.recipe.export(self._last)
+        if not self.config.snapshot_with_d:
+            beside = {}
         try:
-            save_network(network_path, self.recipe.export(), beside=beside, metadata=self.origin | metadata)
+            save_network(network_path, network, beside=beside, metadata=self.origin | metadata)
             path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
             prune_states(self.out, self.config.keep_states)
         except (OSError, SafetensorError) as error:
@@ -307,10 +323,34 @@ class Trainer:
         return (
             f"{config.preset} at {config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
             f"{processes} on {self.accelerator.device.type}, "
-            f"batch {self.batch_size} ({self.batch_gpu} at a time per device), {config.precision}; "
-            f"{', '.join(sizes)}; "
+            f"batch {self.stage.batch_size} ({self.stage.batch_gpu} at a time per device), {config.precision}; "
+            f"{', '.join(sizes)}; {self._plan()}"
             f"{'from' if seen == 0 else 'going on from'} {seen / 1000:g} to {self.total_images / 1000:g} kimg"
         )
+
+    def _growth(self) -> dict[str, float]:
+        """Return what a log line says of growing; nothing where nothing grows."""
+        if len(self.recipe.schedule.stages()) == 1:
+            return {}
+        return {"Progress/resolution": self._last.resolution, "Progress/alpha": self._last.alpha}
+
+    def _plan(self) -> str:
+        """Say where growing begins and how far it comes; nothing where nothing grows."""
+        if len(self.recipe.schedule.stages()) == 1:
+            return ""
+        last, full = self.recipe.schedule.at(max(self.first_image, self.total_images - 1)), self.config.res
+        short = ""
+        if (last.resolution, last.fading) != (full, False):
+            whole = next(s for s in self.recipe.schedule.stages() if (s.resolution, s.fading) == (full, False))
+            short = (
+                f" (the full {full} px are there from {whole.images_seen / 1000:g} kimg on; --growth.stable-kimg and "
+                f"--growth.fade-kimg make it sooner)"
+            )
+        return f"growing from {self.stage.resolution} to {last.resolution} px{short}; "
+
+    def _stage_line(self) -> str:
+        stage = self.stage
+        return f"now at {stage.resolution} px, batch {stage.batch_size} ({stage.batch_gpu} at a time per device)"
 
     def _closing(self, interrupt: Interrupt) -> str:
         seen = self.engine.images_seen
@@ -333,10 +373,33 @@ def config_mapping(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
 
 
-def last_image(first_image: int, kimg: float, batch_size: int) -> int:
+def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
     wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
-    return first_image + -(-max(0, wanted - first_image) // batch_size) * batch_size
+    return end_of(schedule, first_image, wanted)
+
+
+def _data_of(stage: Stage) -> tuple[int, int]:
+    """Return what of a stage the data is opened for."""
+    return stage.resolution, stage.batch_size
+
+
+def _check_growth(state: State, config: Config) -> None:
+    """See that a state of a growing training goes on under the schedule that it was saved under.
+
+    Raises:
+        UserError: batch or growth is another one, so that its steps would not meet the beginnings of levels.
+    """
+    now = config_mapping(config)
+    if now["growth"]["start_res"] == now["res"]:
+        return
+    changed = changed_settings(state.info.get("config", {}), {key: now[key] for key in ("growth", "batch_size")})
+    if changed:
+        what = changed[0].rpartition(": ")[2]
+        raise UserError(
+            f"{state.path}: a growing training goes on as it was, and {what} has changed; take the settings of that "
+            f"run (its config.yaml, with --config), or start anew in another --out"
+        )
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

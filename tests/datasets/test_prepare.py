@@ -18,7 +18,8 @@ from PIL import Image
 from stylepipe.cli.main import main
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import read_square
-from stylepipe.datasets.prepare import find_photos, in_tasks, prepare
+from stylepipe.datasets.prepare import find_photos, prepare
+from stylepipe.datasets.processes import in_tasks
 from stylepipe.datasets.shards import open_dataset, verify
 from stylepipe.errors import UserError
 

@@ -28,7 +28,7 @@ def make_engine(precision: str, c_dim: int = 0) -> Engine:
     config = with_precision(resolve(SMALL, 1), precision)
     labels = torch.eye(c_dim)
     recipe = GANRecipe(config, GPU, c_dim, lambda rows: labels[rows], c_dim or 1)
-    return Engine(recipe, batch_gpu=8, optim=config.optim, ema=config.ema)
+    return Engine(recipe, optim=config.optim, ema=config.ema)
 
 
 def batch(c_dim: int = 0) -> Batch:

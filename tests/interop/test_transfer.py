@@ -209,7 +209,7 @@ def test_a_classifier_of_the_same_labels_is_kept() -> None:
     source, target = discriminator(c_dim=3, conditioning="both"), discriminator(c_dim=3, conditioning="aux")
     fill_discriminator(target, source, True)
     img = images(16)
-    assert torch.equal(target.judge(img)[1], source.judge(img, torch.eye(3)[[0, 1, 2, 0]])[1])
+    assert torch.equal(target.judge(img).class_logits, source.judge(img, torch.eye(3)[[0, 1, 2, 0]]).class_logits)
 
 
 def test_everything_at_once() -> None:

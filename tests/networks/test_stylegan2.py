@@ -80,14 +80,14 @@ def test_an_auxiliary_classifier_stands_beside_the_projection_or_replaces_it() -
     img, c = torch.randn(3, 3, 16, 16), torch.eye(3)
     for conditioning, sees_labels in (("aux", False), ("both", True)):
         D = Discriminator(16, c_dim=3, conditioning=conditioning, **SMALL)
-        logits, classes = D.judge(img, c)
+        logits, _, classes, _ = D.judge(img, c)
         assert (logits.shape, classes.shape) == ((3, 1), (3, 3))
         assert torch.equal(D(img, c), logits)
         assert torch.equal(D(img, c.roll(1, 0)), logits) != sees_labels
-        assert torch.equal(D.judge(img, c.roll(1, 0))[1], classes)
+        assert torch.equal(D.judge(img, c.roll(1, 0)).class_logits, classes)
         (logits.sum() + classes.logsumexp(dim=1).sum()).backward()
         assert all(p.grad is not None for p in D.parameters())
-    assert Discriminator(16, c_dim=3, **SMALL).judge(img, c)[1] is None
+    assert Discriminator(16, c_dim=3, **SMALL).judge(img, c).class_logits is None
 
 
 def test_without_their_options_networks_are_what_they_were() -> None:
@@ -194,7 +194,7 @@ def test_drawn_noise_reaches_each_layer_as_its_slice() -> None:
     layers = [G.synthesis.b4.conv1, G.synthesis.b8.conv0, G.synthesis.b8.conv1]
     for layer in layers:
         torch.nn.init.constant_(layer.noise_strength, 0.5)
-    assert G.synthesis.noise_size == 4 * 4 + 8 * 8 + 8 * 8
+    assert G.synthesis.noise_size() == 4 * 4 + 8 * 8 + 8 * 8
     ws = G.mapping(torch.randn(2, 8))
     flat = torch.cat([layer.noise_const.flatten() for layer in layers]).expand(2, -1)
     const = G.synthesis(ws, noise_mode="const")

@@ -9,6 +9,7 @@ import torch
 
 from stylepipe.config import AugmentConfig, Config, NetworkConfig
 from stylepipe.errors import UserError
+from stylepipe.networks.head import Judgement
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.augmentation import Augmentation
 from stylepipe.recipes.gan import GANRecipe
@@ -31,7 +32,7 @@ def resolved(**changes: object) -> Config:
 
 
 def micro_batch(positions: list[int], img: torch.Tensor | None = None, images_seen: int = 0) -> MicroBatch:
-    return MicroBatch(positions, Stage(16, 1.0, 8, 1.0, 0, images_seen), img, torch.zeros(len(positions), 0))
+    return MicroBatch(positions, Stage(16, 1.0, 8, 1.0, 0, images_seen, 8), img, torch.zeros(len(positions), 0))
 
 
 @pytest.fixture
@@ -81,22 +82,22 @@ def test_an_images_augmentation_follows_from_its_position_and_use(
         assert (whole - other).abs().amax(dim=(1, 2, 3)).min() > 0.01
 
 
-def test_a_schedule_follows_the_clock(img: torch.Tensor) -> None:
+def test_a_schedule_follows_the_clock() -> None:
     config = resolved(augment="schedule", aug=AugmentConfig(p=0.5, schedule_kimg=2.0))
     augment = Augmentation(config, Draws(0, CPU), CPU)
     seen = []
     for images_seen in (0, 1000, 2000, 5000, 1000):
-        augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=images_seen))
+        augment.begin(micro_batch([], images_seen=images_seen).stage)
         seen.append(float(augment.p))
     assert seen == pytest.approx([0, 0.25, 0.5, 0.5, 0.25])
     assert augment.state == {}  # nothing but the clock
 
 
-def test_the_schedule_is_the_length_of_the_training_unless_said(img: torch.Tensor) -> None:
+def test_the_schedule_is_the_length_of_the_training_unless_said() -> None:
     config = resolved(augment="schedule", kimg=2.0, aug=AugmentConfig(p=0.5))
     assert config.aug.schedule_kimg is None  # so that a longer --kimg stretches it
     augment = Augmentation(config, Draws(0, CPU), CPU)
-    augment(img, "D/main/real", micro_batch(list(range(8)), images_seen=1000))
+    augment.begin(micro_batch([], images_seen=1000).stage)
     assert float(augment.p) == pytest.approx(0.25)
 
 
@@ -139,7 +140,7 @@ def test_ada_follows_the_discriminators_certainty(target: float, end: float, img
     record = Record(CPU)
     for _ in range(2):
         augment.record(torch.tensor([[1.0], [-1.0]]), record)
-        augment.follow(record.take_averages(1), Stage(16, 1.0, 8, 1.0, 0, 0))
+        augment.follow(record.take_averages(1), Stage(16, 1.0, 8, 1.0, 0, 0, 8))
     assert float(augment.p) == pytest.approx(end)
 
 
@@ -148,8 +149,8 @@ def test_every_image_that_reaches_the_discriminator_is_augmented(phase: str, img
     recipe = GANRecipe(resolved(augment="fixed", aug=STRONG), CPU)
     made: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
-    recipe.augment._pipeline.register_forward_hook(lambda module, inputs, image: made.append(image))
-    recipe.D.b16.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    recipe.augment._pipelines[16].register_forward_hook(lambda module, inputs, image: made.append(image))
+    recipe.D.b16.fromrgb.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     (one,) = [each for each in recipe.phases if each.name == phase]
     terms = list(one.loss(micro_batch(list(range(8)), img if one.uses_reals else None), Record(CPU)))
     assert len(seen) == len(made) == len(terms)
@@ -171,18 +172,22 @@ def test_r1_is_that_of_the_image_before_it_is_augmented(img: torch.Tensor) -> No
     """|dD(T(x))/dx|^2 along one direction, by finite differences in float64."""
     recipe = GANRecipe(resolved(augment="fixed", aug=AugmentConfig(pipe="bgc", p=1.0)), CPU)
     weight = torch.randn(3, 16, 16, dtype=torch.float64)
-    recipe.D.forward = lambda image, c: (image.double() * weight).sum(dim=(1, 2, 3)).unsqueeze(1)  # type: ignore
+
+    def logits(image: torch.Tensor) -> torch.Tensor:
+        return (image.double() * weight).sum(dim=(1, 2, 3)).unsqueeze(1)
+
+    recipe.D.judge = lambda image, c, alpha: Judgement(logits(image), image)  # type: ignore
     batch = micro_batch(list(range(8)), img)
     record = Record(CPU)
-    list(recipe.d_r1(batch, record))
+    list(recipe.d_penalty(batch, record))
     total, count = record.take_sums()["Loss/D/r1"].tolist()
     squares = torch.zeros(8, dtype=torch.float64)
-    base = recipe.D.forward(recipe.augment(img.detach(), "D/r1", batch), None)
+    base = logits(recipe.augment(img.detach(), "D/r1", batch))
     for index in range(3 * 16 * 16):
         step = torch.zeros(3 * 16 * 16)
         step[index] = 1.0  # the way to D is linear in the image here, but for what float32 rounds
         moved = recipe.augment(img.detach() + step.view(3, 16, 16), "D/r1", batch)
-        squares += (recipe.D.forward(moved, None) - base).flatten().square()
+        squares += (logits(moved) - base).flatten().square()
     assert total / count == pytest.approx(float(squares.mean()), rel=1e-3)
 
 
@@ -191,7 +196,7 @@ def test_a_state_from_before_augmentation_goes_on(img: torch.Tensor) -> None:
 
     def engine(mode: str) -> Engine:
         config = resolved(augment=mode, aug=AugmentConfig(p=0.25) if mode == "ada" else AugmentConfig())
-        return Engine(GANRecipe(config, CPU), batch_gpu=8, optim=config.optim, ema=config.ema)
+        return Engine(GANRecipe(config, CPU), optim=config.optim, ema=config.ema)
 
     old, new = engine("none"), engine("ada")
     new.load_state({name: tensor.clone() for name, tensor in old.state().items()}, images_seen=64)

@@ -51,7 +51,7 @@ def test_generated_classes_have_the_backdrops_of_theirs(faces: ShardDataset, con
     )
     config = with_precision(resolve(config, 1), "fp32")
     recipe = GANRecipe(config, torch.device("cpu"), 2, lambda ids: torch.from_numpy(faces.labels(ids)), len(faces))
-    engine = Engine(recipe, batch_gpu=32, optim=config.optim, ema=config.ema)
+    engine = Engine(recipe, optim=config.optim, ema=config.ema)
     for batch in Reader(faces, batch_size=32, mirror=True):
         engine.step(batch)
         if engine.images_seen >= 2000:

@@ -13,7 +13,8 @@ from stylepipe.errors import UserError
 from stylepipe.losses.adversarial import auxiliary_classification
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.conditioning import Labels, check_labels, follow_class_styles_, note_class_styles
-from stylepipe.recipes.gan import W_AVG_DECAY, GANRecipe
+from stylepipe.recipes.gan import GANRecipe
+from stylepipe.recipes.sources import W_AVG_DECAY
 from stylepipe.training.draws import Draws
 from stylepipe.training.engine import Engine
 from stylepipe.training.phase import Record
@@ -41,7 +42,7 @@ def make_engine(**options: object) -> Engine:
     )
     config = with_precision(resolve(config, 1), "fp32")
     recipe = GANRecipe(config, CPU, CLASSES, lambda rows: OF_DATA[rows], len(OF_DATA))
-    return Engine(recipe, batch_gpu=4, optim=config.optim, ema=config.ema)
+    return Engine(recipe, optim=config.optim, ema=config.ema)
 
 
 def batch_at(start: int) -> Batch:
@@ -110,7 +111,7 @@ def test_rows_of_vectors_are_drawn_from_the_data() -> None:
 
 def test_the_grid_shows_the_class_of_its_row() -> None:
     recipe = make_engine().recipe
-    images = recipe.sample(columns=2, rows=3, batch_gpu=4)
+    images = recipe.sample(2, 3, recipe.schedule.at(0))
     assert images.shape == (6, 16, 16, 3)
     z = recipe.draws.normal("grid/z", [0, 1], 16)
     expected = recipe.G_ema(z, torch.eye(CLASSES)[[1, 1]])
@@ -157,7 +158,7 @@ def test_a_step_follows_the_mean_styles_of_its_classes() -> None:
         drawn = c[:, number] == 1
         offset = w[drawn].mean(dim=0) - mapping.w_avg if drawn.any() else torch.zeros(16)
         torch.testing.assert_close(mapping.class_w_offset[number], (1 - W_AVG_DECAY) * offset)
-    assert recipe.export().mapping.class_w_offset is mapping.class_w_offset
+    assert recipe.export(recipe.schedule.at(0))[0].mapping.class_w_offset is mapping.class_w_offset
 
 
 # --- the auxiliary classifier ---
@@ -183,13 +184,13 @@ def test_the_classifiers_loss_is_added_with_its_weight() -> None:
     (g_term,) = (term.detach() for term in recipe.g_main(micro_batch, Record(CPU)))
 
     def expected(img: torch.Tensor, c: torch.Tensor, sign: float) -> torch.Tensor:
-        logits, classes = recipe.D.judge(img, c)
+        logits, _, classes, _ = recipe.D.judge(img, c)
         entropy = torch.nn.functional.cross_entropy(classes, c.argmax(dim=1))
         return (torch.nn.functional.softplus(sign * logits).mean() + 0.5 * entropy).detach()
 
     def generated(purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ws, c = recipe._draw_ws(purpose, micro_batch.positions)
-        return recipe._synthesize(purpose, micro_batch.positions, ws), c
+        latents = recipe.source.draw(purpose, micro_batch.positions, micro_batch.stage)
+        return recipe.source.images(purpose, micro_batch.positions, latents, micro_batch.stage), latents.c
 
     torch.testing.assert_close(real_term, expected(micro_batch.img, micro_batch.c, -1))
     torch.testing.assert_close(fake_term, expected(*generated("D/main"), +1))

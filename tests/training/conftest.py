@@ -32,10 +32,10 @@ def make_engine() -> Callable[..., Engine]:
     def make(rank: int = 0, world_size: int = 1, c_dim: int = 0, **changes: object) -> Engine:
         config = with_precision(resolve(dataclasses.replace(TINY, **changes), world_size), "fp32")
         labels = torch.eye(c_dim)
-        recipe = GANRecipe(config, torch.device("cpu"), c_dim, lambda rows: labels[rows], c_dim or 1)
+        device = torch.device("cpu")
+        recipe = GANRecipe(config, device, c_dim, lambda rows: labels[rows], c_dim or 1, world_size=world_size)
         return Engine(
             recipe,
-            batch_gpu=config.batch_gpu,
             optim=config.optim,
             ema=config.ema,
             rank=rank,

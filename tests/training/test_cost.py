@@ -74,7 +74,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch, c_dim):
 def test_phases_are_timed_and_amortised():
     config = with_precision(resolve(TINY, 1), "fp32")
     recipe = trial(config, 0, torch.device("cpu"), 8)
-    engine = Engine(recipe, batch_gpu=8, optim=config.optim, ema=config.ema)
+    engine = Engine(recipe, optim=config.optim, ema=config.ema)
     runs = []
     seconds = time_phases(engine, *random_batch(engine, 16, 0), repeats=2, done=lambda: runs.append(1))
     assert len(runs) == 3 * 4

@@ -31,7 +31,7 @@ def test_parameters_and_gradients_are_views_of_the_arena():
     with torch.no_grad():
         arena.params.zero_()
     assert module[1].weight.abs().sum() == 0
-    arena.zero_grad()
+    arena.grad.zero_()
     assert module[0].weight.grad.abs().sum() == 0
 
 
@@ -42,7 +42,7 @@ def test_an_optimizer_on_the_arena_is_one_on_the_parameters():
         arena = Arena(module) if flat else None
         optimizer = torch.optim.Adam([arena.params] if flat else module.parameters(), lr=0.1)
         for _ in range(3):
-            arena.zero_grad() if flat else optimizer.zero_grad(set_to_none=False)
+            arena.grad.zero_() if flat else optimizer.zero_grad(set_to_none=False)
             module(torch.ones(2, 4)).square().sum().backward()
             optimizer.step()
         return module.weight.detach()
@@ -64,7 +64,7 @@ def test_frozen_parameters_stay_as_they_are():
     assert arena.trained == list(module[1].parameters())
     optimizer = torch.optim.Adam([arena.params], lr=0.1, betas=(0.9, 0.99))
     for _ in range(3):
-        arena.zero_grad()
+        arena.grad.zero_()
         module(torch.ones(2, 3)).square().sum().backward(inputs=arena.trained)
         optimizer.step()
     changed = [not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True)]
@@ -86,7 +86,7 @@ def test_ema_follows_weights_and_leaves_buffers():
     with torch.no_grad():
         source.weight.fill_(3.0)
         source.running_mean.fill_(7.0)
-    ema.update(0.75)
+    ema.update(0.75, arena.windows(arena.trained))
     assert average.weight.tolist() == [1.5] * 4
     assert average.running_mean.tolist() == [0.0] * 4
 
@@ -96,11 +96,11 @@ def test_ema_follows_weights_and_leaves_buffers():
     [(0, 1.1, 10, 1100), (0, 0.008, 32, 32), (0, 1e-9, 8, 8), (128, 0.14, 20, 148), (64, 0.05, 8, 64)],
 )
 def test_training_ends_with_the_batch_that_reaches_its_length(first, kimg, batch_size, last):
-    assert last_image(first, kimg, batch_size) == last
+    assert last_image(FixedResolution(16, batch_size, 1), first, kimg) == last
 
 
 def test_a_fixed_resolution_counts_steps():
-    stage = FixedResolution(64, 32).at(320)
+    stage = FixedResolution(64, 32, 8).at(320)
     assert (stage.resolution, stage.alpha, stage.batch_size, stage.step) == (64, 1.0, 32, 10)
 
 

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from stylepipe.config import AugmentConfig, Config, LossConfig, NetworkConfig
+from stylepipe.config import AugmentConfig, Config, GrowthConfig, LossConfig, NetworkConfig
 from stylepipe.datasets.reader import Batch
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe
 from stylepipe.training.distributed import leave, make_accelerator
 from stylepipe.training.engine import Engine
 
-STEPS = 4
+STEPS = 4  # of a growing training: the last of 8 px, two fading, the first wholly at 16 px
 BATCH_SIZE, BATCH_GPU = 8, 4
 LABELS = torch.eye(3)
 
@@ -44,11 +44,12 @@ def main(out: Path, losses: str) -> None:
         # Every phase in every step; the lazy correction is then k = 1, and the same for both runs.
         loss=LossConfig(
             r1_gamma=0.0 if losses == "path length" else 5.0,
-            r1_interval=1,
+            r1_interval=2,
             pl_weight=0.0 if losses == "r1" else 2.0,
             pl_interval=1,
             acgan_weight=1.0 if labelled else 0.0,
         ),
+        growth=GrowthConfig(start_res=8, stable_kimg=0.008, fade_kimg=0.016) if losses == "growing" else GrowthConfig(),
         augment="ada",
         aug=AugmentConfig(pipe="bgcfnc", p=0.5, interval=2, speed_kimg=0.1),
     )
@@ -56,8 +57,8 @@ def main(out: Path, losses: str) -> None:
     torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
     torch.rand(rank + 1)
     c_dim = len(LABELS) if labelled else 0
-    recipe = GANRecipe(config, accelerator.device, c_dim, lambda rows: LABELS[rows], len(LABELS))
-    engine = Engine(recipe, batch_gpu=BATCH_GPU, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size)
+    recipe = GANRecipe(config, accelerator.device, c_dim, lambda rows: LABELS[rows], len(LABELS), world_size=world_size)
+    engine = Engine(recipe, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size)
     result: dict[str, torch.Tensor] = {}
     run_phase = engine.run_phase
 
@@ -68,7 +69,8 @@ def main(out: Path, losses: str) -> None:
     engine.run_phase = run_and_note
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        images = torch.randint(0, 256, (BATCH_SIZE, 16, 16, 3), dtype=torch.uint8, generator=generator)
+        size = recipe.schedule.at(engine.images_seen).resolution
+        images = torch.randint(0, 256, (BATCH_SIZE, size, size, 3), dtype=torch.uint8, generator=generator)
         positions = torch.arange(BATCH_SIZE) + step * BATCH_SIZE
         share = slice(rank, None, world_size)
         labels = LABELS[positions % len(LABELS), :c_dim]

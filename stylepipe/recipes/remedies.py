@@ -1,0 +1,56 @@
+"""Remedies that act on weights: clipping, and their mean over the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stylepipe.losses.regularizers import HistoricalAverage, clip_weights_
+from stylepipe.networks.layers import Equalized
+
+
+class WeightClip:
+    """Keep every weight of a critic within +-limit (Arjovsky et al. 2017, arXiv:1701.07875, Algorithm 1).
+
+    Where scales are applied at run time, the limit is on what acts then.
+    """
+
+    def __init__(self, critic: nn.Module, limit: float) -> None:
+        self._limits: dict[float, list[nn.Parameter]] = {}
+        for module in critic.modules():
+            weight_gain, bias_gain = module.gains() if isinstance(module, Equalized) else (1.0, 1.0)
+            for name, parameter in module.named_parameters(recurse=False):
+                gain = bias_gain if name == "bias" else weight_gain
+                self._limits.setdefault(limit / gain, []).append(parameter)
+
+    def apply_(self) -> None:
+        for limit, parameters in self._limits.items():
+            clip_weights_(parameters, limit)
+
+
+class HistoricalAverages:
+    """The historical average of each network.
+
+    Attributes:
+        state: tensors that resuming needs, by name.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._parameters = {name: list(network.parameters()) for name, network in networks.items()}
+        self._averages = {name: HistoricalAverage(parameters) for name, parameters in self._parameters.items()}
+        self.state: dict[str, Tensor] = {
+            f"history.{name}.{key}": tensor
+            for name, average in self._averages.items()
+            for key, tensor in average.state.items()
+        }
+
+    def penalty(self, name: str) -> Tensor:
+        """Return the squared distance [] of a network's weights from their mean."""
+        return self._averages[name].penalty(self._parameters[name])
+
+    @torch.no_grad()
+    def update_(self, name: str) -> None:
+        """Let the mean follow a network's update."""
+        self._averages[name].update_(self._parameters[name])
