@@ -67,7 +67,8 @@ def made_small(command: str) -> str:
     if "train" in command:
         # The eight processes of the multi-GPU file are two here.
         command = command.replace("multi-gpu.yaml", "multi-gpu.yaml --num_processes 2").replace("SHARDS", "prepared")
-        return f"{command} {SMALL}" + ("" if "--data" in command else " --data prepared")
+        small = SMALL if not re.search("progan|r3gan", command) else SMALL.replace(" --network.w-dim 16", "")
+        return f"{command} {small}" + ("" if "--data" in command else " --data prepared")
     return command
 
 

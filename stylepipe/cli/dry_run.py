@@ -9,13 +9,16 @@ import yaml
 from torch import nn
 
 from stylepipe.config import Config, filled, largest_divisor
+from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.gan import trial
 from stylepipe.training.engine import Engine
 from stylepipe.training.estimate import estimate, flops_per_image, format_duration
+from stylepipe.training.growth import Stage
 from stylepipe.training.memory import GIB, free_memory
 from stylepipe.training.timing import amortised, random_batch, time_phases
 from stylepipe.training.trainer import config_mapping
 
+_FEW = 4  # images, to count operations on: they are as many for each
 _CPU_SAMPLE_RES = 128  # on a CPU the speed is measured on networks of this resolution: seconds instead of minutes
 
 
@@ -26,18 +29,38 @@ def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -
     print(yaml.safe_dump(config_mapping(config), sort_keys=False))
 
     recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
-    cost = estimate(recipe, config.res, c_dim, config.batch_gpu)
+    cost = estimate(recipe, c_dim, config.batch_gpu)
     for name, network in recipe.networks.items():
         print(parameter_table(name, network))
     print(
         f"memory   about {cost.memory_bytes / GIB:.1f} GiB per device "
         f"({free_memory(device) / GIB:.1f} GiB free on this {device.type})"
     )
-    per_image = flops_per_image(recipe, cost, config.batch_gpu)
+    parts = _work(config, c_dim, world_size)
+    per_image = sum(flops * images for _, images, flops in parts) / sum(images for _, images, _ in parts)
+    if len(parts) > 1:
+        print("\nstage                  kimg  TFLOP/kimg")
+        for stage, images, flops in parts:
+            name = f"{stage.resolution} px{', fading in' if stage.fading else ''}"
+            print(f"{name:<20} {images / 1000:>6.4g} {flops / 1e9:>11.4g}")
+        print()
     sec_per_kimg = per_image * 1000 / _measured_flops(config, c_dim, device) / world_size
     print(f"work     {per_image * 1000 / 1e12:.1f} TFLOP/kimg")
     print(f"time     about {sec_per_kimg:.3g} s/kimg on {world_size} of this device, as measured now:")
     print(f"         {format_duration(sec_per_kimg * kimg)} for {kimg:g} kimg")
+
+
+def _work(config: Config, c_dim: int, world_size: int) -> list[tuple[Stage, int, float]]:
+    """Return the stages that the training comes through, each with its images and its operations per image."""
+    recipe = trial(config, c_dim, torch.device("meta"), _FEW)
+    stages = schedule_of(config, world_size).stages()
+    ends = [*(stage.images_seen for stage in stages[1:]), round(filled(config.kimg) * 1000)]
+    parts = []
+    for stage, end in zip(stages, ends, strict=True):
+        if stage.images_seen < ends[-1]:
+            flops = flops_per_image(recipe, estimate(recipe, c_dim, _FEW, stage), _FEW)
+            parts.append((stage, min(end, ends[-1]) - stage.images_seen, flops))
+    return parts
 
 
 def parameter_table(name: str, network: nn.Module) -> str:
@@ -56,9 +79,10 @@ def _measured_flops(config: Config, c_dim: int, device: torch.device) -> float:
     res = config.res if device.type == "cuda" else min(config.res, _CPU_SAMPLE_RES)
     assert isinstance(config.batch_gpu, int)
     batch_gpu = config.batch_gpu if device.type == "cuda" else largest_divisor(config.batch_gpu, 4)
-    config = replace(config, res=res)
+    growth = replace(config.growth, start_res=min(filled(config.growth.start_res), res))
+    config = replace(config, res=res, growth=growth)
     recipe = trial(config, c_dim, device, batch_gpu)
     engine = Engine(recipe, optim=config.optim, ema=config.ema)
     seconds = amortised(engine, time_phases(engine, *random_batch(engine, res, c_dim), repeats=1)) / batch_gpu
-    cost = estimate(trial(config, c_dim, torch.device("meta"), batch_gpu), res, c_dim, batch_gpu)
+    cost = estimate(trial(config, c_dim, torch.device("meta"), batch_gpu), c_dim, batch_gpu)
     return flops_per_image(recipe, cost, batch_gpu) / seconds

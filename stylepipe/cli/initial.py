@@ -180,7 +180,10 @@ def _read(path: str) -> NetworkHeader:
     """Read a header and see that its networks belong together, and that its labels are not damaged."""
     header = read_header(path)
     if header.class_name != "stylegan2.Generator":
-        raise UserError(f"--init {path}: its main network is a {header.class_name}; expected a generator")
+        raise UserError(
+            f"--init {path}: its main network is a {header.class_name}; expected a stylegan2.Generator, the one kind that "
+            f"can be started from"
+        )
     _check_complete(path, header, {*_IN_COMMON, *_G_WEIGHTS, "conv_clamp"})
     if header.config["img_channels"] != 3:
         raise UserError(f"--init {path}: images of {header.config['img_channels']} channels; expected 3, colour")

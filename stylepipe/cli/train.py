@@ -223,7 +223,7 @@ def tell_full_length(config: Config, trainer: Trainer, c_dim: int) -> None:
     first = trainer.first_image // filled(config.batch_size)
     batch_gpu = trainer.stage.batch_gpu
     recipe = trial(config, c_dim, torch.device("meta"), batch_gpu)
-    cost = estimate(recipe, config.res, c_dim, batch_gpu).flops
+    cost = estimate(recipe, c_dim, batch_gpu).flops
     done = sum(cost[p.name] * len(range(-first % p.interval, steps, p.interval)) for p in recipe.phases) / steps
     sec_per_kimg = trainer.sec_per_kimg * sum(cost[p.name] / p.interval for p in recipe.phases) / done
     trainer.say(

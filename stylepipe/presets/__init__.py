@@ -129,7 +129,8 @@ def _with_parts(preset: Config, config: Config) -> Config:
         loss = without_regularizers(loss)
     if kind not in STYLED:
         loss = replace(loss, pl_weight=None, style_mixing=None)
-    filling = replace(preset, network=used_by(preset.network, kind), loss=loss)
+    ema = preset.ema if config.ema.kimg is None else replace(preset.ema, decay=None)
+    filling = replace(preset, network=used_by(preset.network, kind), loss=loss, ema=ema)
     config = overlay(NETWORKS[kind], overlay(filling, config))
     own = preset.loss.r1_gamma  # tuned to this resolution and batch, if it is above 0
     gamma = own if own else auto_gamma(config.res, filled(config.batch_size))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from stylepipe.training.arena import mark_only, mark_trained, trained_parameters
+from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
 _COPIES = 5  # of every weight: parameter, gradient, two moments, moving average
@@ -35,11 +36,15 @@ class Estimate:
     memory_bytes: int
 
 
-def estimate(recipe: Recipe, res: int, c_dim: int, batch_gpu: int) -> Estimate:
-    """Count the cost of the phases of a recipe on the meta device, on micro-batches of `batch_gpu` images."""
+def estimate(recipe: Recipe, c_dim: int, batch_gpu: int, stage: Stage | None = None) -> Estimate:
+    """Count the cost of the phases of a recipe on the meta device, on micro-batches of `batch_gpu` images.
+
+    That of a stage; by default of the last, which takes the most.
+    """
+    stage = recipe.schedule.final() if stage is None else stage
     weights = sum(p.numel() * p.element_size() for net in recipe.networks.values() for p in net.parameters())
     trained = {name: trained_parameters(network) for name, network in recipe.networks.items()}
-    costs = {phase.name: _cost(recipe, trained, phase, res, c_dim, batch_gpu) for phase in recipe.phases}
+    costs = {phase.name: _cost(recipe, trained, phase, stage, c_dim, batch_gpu) for phase in recipe.phases}
     for parameters in trained.values():
         mark_trained(parameters, True)
     flops = {name: cost[0] for name, cost in costs.items()}
@@ -60,7 +65,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _cost(
-    recipe: Recipe, trained: Mapping[str, list[nn.Parameter]], phase: Phase, res: int, c_dim: int, batch_gpu: int
+    recipe: Recipe, trained: Mapping[str, list[nn.Parameter]], phase: Phase, stage: Stage, c_dim: int, batch_gpu: int
 ) -> tuple[float, int]:
     """Return operations and bytes of kept activations of one phase on one micro-batch."""
     mark_only(trained, phase.trains)
@@ -77,9 +82,11 @@ def _cost(
         return tensor
 
     device = torch.device("meta")
-    img = torch.zeros(batch_gpu, 3, res, res, device=device).to(memory_format=torch.channels_last)
+    img = torch.zeros(batch_gpu, 3, stage.resolution, stage.resolution, device=device).to(
+        memory_format=torch.channels_last
+    )
     labels = torch.zeros(batch_gpu, c_dim, device=device)
-    micro_batch = MicroBatch(list(range(batch_gpu)), recipe.schedule.final(), img if phase.uses_reals else None, labels)
+    micro_batch = MicroBatch(list(range(batch_gpu)), stage, img if phase.uses_reals else None, labels)
     with _FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for term in phase.loss(micro_batch, Record(device)):
             peak = max(peak, sum(kept.values()))

@@ -75,5 +75,5 @@ def _fits_gpu(
 def _fits_cpu(
     build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
 ) -> bool:
-    needed = estimate(build(torch.device("meta"), batch_gpu), config.res, c_dim, batch_gpu).memory_bytes
+    needed = estimate(build(torch.device("meta"), batch_gpu), c_dim, batch_gpu).memory_bytes
     return needed <= HEADROOM * free_memory(device) / local_processes()

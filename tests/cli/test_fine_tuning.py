@@ -339,7 +339,7 @@ def test_the_settings_of_a_file_are_complete(tmp_path: Path) -> None:
 MISTAKES = {
     "absent": (["--init", "absent.safetensors"], "absent.safetensors: no such file"),
     "truncated": (["--init", "{truncated}"], "truncated.safetensors: cut short"),
-    "no generator": (["--init", "{d_only}"], "its main network is a stylegan2.Discriminator; expected a generator"),
+    "no generator": (["--init", "{d_only}"], "its main network is a stylegan2.Discriminator; expected a stylegan2.Generator"),
     "mixed": (["--init", "{mixed}"], "its D has channel_max 8, its main network 16; expected networks of one training"),
     "z_dim": (["--network.z-dim", "32"], "--network.z-dim 32: --init {source} has 16"),
     "channels": (["--network.channel-max", "32"], "--network.channel-max 32: --init {source} has 16"),

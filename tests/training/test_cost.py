@@ -22,13 +22,13 @@ def test_config_f_takes_two_petaflops_per_kimg():
     """The work of StyleGAN2-F at 1024 px as it was counted independently: 1.99 PFLOP per thousand images."""
     config = with_precision(resolve(Config(res=1024, preset="stylegan2"), 1), "fp32")
     recipe = trial(config, 0, META, 4)
-    per_kimg = flops_per_image(recipe, estimate(recipe, 1024, 0, 4), 4) * 1000
+    per_kimg = flops_per_image(recipe, estimate(recipe, 0, 4), 4) * 1000
     assert per_kimg == pytest.approx(1.99e15, rel=0.01)
 
 
 def test_the_memory_of_activations_grows_with_the_micro_batch():
     config = resolve(TINY, 1)
-    one, two, four = (estimate(trial(config, 0, META, n), 16, 0, n).memory_bytes for n in (4, 8, 16))
+    one, two, four = (estimate(trial(config, 0, META, n), 0, n).memory_bytes for n in (4, 8, 16))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
     assert one > 0
 
@@ -36,7 +36,7 @@ def test_the_memory_of_activations_grows_with_the_micro_batch():
 def test_kept_activations_are_counted_right():
     """Twice the images add what they keep: for D's convolutions at 16 and 8 px at least, and at most a few copies."""
     config = resolve(dataclasses.replace(TINY, loss=LossConfig(pl_weight=0, r1_gamma=0)), 1)
-    eight, sixteen = (estimate(trial(config, 0, META, n), 16, 0, n).memory_bytes for n in (8, 16))
+    eight, sixteen = (estimate(trial(config, 0, META, n), 0, n).memory_bytes for n in (8, 16))
     # G's main phase keeps the inputs and outputs of each convolution in G and D: floats per image, by hand.
     channels = {r: min(128 // r, 512) for r in (4, 8, 16)}
     G = sum(channels[r] * r * r * (1 if r == 4 else 2) for r in channels)
@@ -63,7 +63,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch, c_dim):
         monkeypatch.setattr(probe, "free_memory", lambda device: free_bytes)
         return probe.largest_batch_gpu(build, config, c_dim, 8, torch.device("cpu"))
 
-    need = {n: estimate(build(META, n), 16, c_dim, n).memory_bytes for n in (1, 2, 4, 8)}
+    need = {n: estimate(build(META, n), c_dim, n).memory_bytes for n in (1, 2, 4, 8)}
     assert choose(10**12) == 8
     assert choose(need[4] / probe.HEADROOM + 1) == 4
     assert choose(need[1] / probe.HEADROOM + 1) == 1

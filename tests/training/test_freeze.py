@@ -82,7 +82,7 @@ def a_config(freeze_d: int) -> Config:
 def test_frozen_levels_save_work() -> None:
     def work(freeze_d: int) -> dict[str, float]:
         recipe = trial(a_config(freeze_d), 0, torch.device("meta"), 8)
-        flops = estimate(recipe, 16, 0, 8).flops
+        flops = estimate(recipe, 0, 8).flops
         assert [name for name, p in recipe.D.named_parameters() if not p.requires_grad and "b16." not in name] == []
         return flops
 
