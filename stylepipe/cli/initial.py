@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from stylepipe.config import Config
+from stylepipe.config import Config, NetworkConfig
 from stylepipe.errors import UserError
 from stylepipe.interop.network_file import (
     NetworkHeader,
@@ -29,6 +29,8 @@ _G_WEIGHTS = {
     "architecture": "g_architecture",
 }
 _D_WEIGHTS = {"architecture": "d_architecture", "mbstd_channels": "mbstd_channels"}
+# Options that make D another network, whose default the header of a file leaves out.
+_D_FORMS = {"mbdisc_kernels": "mbdisc_kernels", "d_last_layer": "last_layer", "spectral_norm": "spectral_norm"}
 _IN_COMMON = ("res", "c_dim", "img_channels", "channel_base", "channel_max")
 
 
@@ -68,6 +70,14 @@ def check_settings(config: Config, path: str) -> None:
             raise UserError(
                 f"--network.{option.replace('_', '-')} {found}: --init {path} has {value}, and its weights fit nothing "
                 f"else; leave the option out, or train without --init"
+            )
+    for option, name in _D_FORMS.items():
+        here, default = getattr(config.network, option), getattr(NetworkConfig(), option)
+        there = default if D is None else D.config.get(name, default)
+        if D is not None and here != there:
+            raise UserError(
+                f"--network.{option.replace('_', '-')} {here}: the discriminator of --init {path} has {there}, and its "
+                f"weights fit nothing else; leave the option out, or start from a file without D"
             )
     check_resolution(header.config, None if D is None else D.config, config.res)
     if config.freeze_d > 0 and D is None:
@@ -181,8 +191,8 @@ def _read(path: str) -> NetworkHeader:
     header = read_header(path)
     if header.class_name != "stylegan2.Generator":
         raise UserError(
-            f"--init {path}: its main network is a {header.class_name}; expected a stylegan2.Generator, the one kind that "
-            f"can be started from"
+            f"--init {path}: its main network is a {header.class_name}; expected a stylegan2.Generator, the one "
+            f"kind that can be started from"
         )
     _check_complete(path, header, {*_IN_COMMON, *_G_WEIGHTS, "conv_clamp"})
     if header.config["img_channels"] != 3:

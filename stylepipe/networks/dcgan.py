@@ -172,7 +172,7 @@ class Discriminator(nn.Module):
             "norm": _checked_norm(norm, D_NORMS),
             "half_levels": half_levels,
             "half_dtype": half_dtype_name(half_dtype),
-            **head_config(head),
+            **head_config({"mbstd_channels": 0, **head}),
         }
         self.resolutions = [_checked_res(res)]
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)

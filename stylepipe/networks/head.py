@@ -156,6 +156,10 @@ def label_mapping(c_dim: int, conditioning: str, channels: int) -> MappingNetwor
 
 
 def head_config(options: HeadOptions) -> dict[str, object]:
-    """Return what a network's JSON config says of its head: what differs from the defaults that came later."""
+    """Return what a network's JSON config says of its head.
+
+    All options, those not given as DiscriminatorHead has them, but none that came later and is as it was before.
+    """
     since = {"conditioning": "projection", "mbdisc_kernels": 0, "last_layer": "linear"}
-    return {name: value for name, value in options.items() if name not in since or value != since[name]}
+    complete = {"c_dim": 0, "mbstd_group_size": 4, "mbstd_channels": 1, "conv_clamp": None, **options}
+    return {name: value for name, value in complete.items() if name not in since or value != since[name]}

@@ -247,6 +247,10 @@ class Discriminator(nn.Module):
         judgement: Judgement = self.b4(to_channels_last(x, img.dtype), cmap)
         return judgement
 
+    def at_half(self, img: torch.Tensor) -> torch.Tensor:
+        """Return img [N, C, H, W] without what a level of half its size has not, by the filters of both networks."""
+        return enlarge(F.avg_pool2d(img, 2))
+
     def used_at(self, res: int, fading: bool) -> list[nn.Module]:
         """Return the modules that see an image of `res` pixels."""
         resolutions = [r for r in reversed(self.resolutions) if r <= res]

@@ -147,7 +147,7 @@ class Discriminator(nn.Module):
             "channel_max": channel_max,
             "half_levels": half_levels,
             "half_dtype": half_dtype_name(half_dtype),
-            **head_config(head),
+            **head_config({"mbstd_channels": 0, **head}),
         }
         self.resolutions = [res]
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)

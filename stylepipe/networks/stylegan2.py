@@ -418,6 +418,10 @@ class Discriminator(nn.Module):
         modules += [getattr(self, f"b{r}").fromrgb for r in entered]
         return modules + ([] if self.mapping is None else [self.mapping])
 
+    def at_half(self, img: torch.Tensor) -> torch.Tensor:
+        """Return img [N, C, H, W] without what a level of half its size has not, by the filters of both networks."""
+        return upsample2d(downsample2d(img, self.resample_filter), self.resample_filter)
+
     def _enter(self, res: int, x: torch.Tensor | None, img: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the input of a level in its type: x, the image's features, or their sum."""
         if x is not None and self.architecture != "skip":

@@ -16,6 +16,7 @@ from stylepipe.config import (
     AugmentMode,
     Config,
     GrowthConfig,
+    by_level,
     filled,
     largest_divisor,
     overlay,
@@ -24,6 +25,7 @@ from stylepipe.config import (
 from stylepipe.errors import UserError
 from stylepipe.presets import auto, dcgan, paper256, paper1024, progan, r3gan, stylegan, stylegan2, transfer
 from stylepipe.presets.defaults import (
+    GROWING,
     NETWORKS,
     STYLED,
     auto_gamma,
@@ -91,6 +93,12 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
     validate(config)
     check_loss(config)
 
+    for res, size in by_level("--growth.batch-sizes", config.growth.batch_sizes, whole=True).items():
+        if size % world_size:
+            raise UserError(
+                f"--growth.batch-sizes {config.growth.batch_sizes}: {size} at {res} px; expected a multiple of the "
+                f"{world_size} processes, such as {-(-int(size) // world_size) * world_size}"
+            )
     batch_size = filled(config.batch_size)
     if batch_size % world_size:
         below = batch_size // world_size * world_size
@@ -130,16 +138,17 @@ def _with_parts(preset: Config, config: Config) -> Config:
     if kind not in STYLED:
         loss = replace(loss, pl_weight=None, style_mixing=None)
     ema = preset.ema if config.ema.kimg is None else replace(preset.ema, decay=None)
-    filling = replace(preset, network=used_by(preset.network, kind), loss=loss, ema=ema)
+    growth = preset.growth if kind in GROWING else GrowthConfig()
+    filling = replace(preset, network=used_by(preset.network, kind), loss=loss, ema=ema, growth=growth)
     config = overlay(NETWORKS[kind], overlay(filling, config))
-    own = preset.loss.r1_gamma  # tuned to this resolution and batch, if it is above 0
-    gamma = own if own else auto_gamma(config.res, filled(config.batch_size))
+    own = preset.loss.r1_gamma  # tuned to this resolution and batch
+    gamma = auto_gamma(config.res, filled(config.batch_size)) if own is None else own
     loss = config.loss
     for default in loss_defaults(loss_kind, gamma):
         loss = overlay(default, loss)
     network = replace(config.network, kind=kind)
     if kind == "dcgan" and network.norm is None:
-        penalized = any((loss.r1_gamma, loss.r2_gamma, loss.gp_weight))
+        penalized = any((loss.r1_gamma, loss.r2_gamma, loss.gp_weight, network.spectral_norm))
         network = replace(network, norm="none" if penalized else "batch")
     growth, ema, anneal = config.growth, config.ema, config.anneal
     return replace(

@@ -99,6 +99,10 @@ def check_network(config: Config, kind: NetworkKind) -> None:
                 f"choose --network.kind {', '.join(STYLED)}"
             )
     growth = config.growth
+    if config.freeze_d > 0 and kind != "stylegan2":
+        raise UserError(
+            f"--freeze-d {config.freeze_d}: expected networks of kind stylegan2, found {kind}; leave it out"
+        )
     if growth.start_res is not None and growth.start_res < config.res and kind not in GROWING:
         raise UserError(
             f"--growth.start-res {growth.start_res}: networks of kind {kind} do not grow; leave it out, or choose "
@@ -120,6 +124,11 @@ def check_loss(config: Config) -> None:
         raise UserError(
             f"--loss {kind}: nothing bounds the critic, so that its loss has no minimum; leave --loss.weight-clip and "
             f"--loss.gp-weight to their defaults, or add --network.spectral-norm"
+        )
+    if network.norm == "batch" and network.spectral_norm:
+        raise UserError(
+            "--network.norm batch and --network.spectral-norm: the one undoes the scale that the other gives weights; "
+            "choose --network.norm virtual or none"
         )
     if network.norm == "batch":
         for option, weight in penalized.items():

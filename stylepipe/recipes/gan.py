@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stylepipe.config import Config, filled
@@ -110,7 +109,11 @@ class GANRecipe:
         phases = [Phase("G/main", "G", filled(loss.n_critic), self.g_main, g_sees_reals, after=self._after_g)]
         if filled(loss.pl_weight) > 0:
             follow = self._follow_pl_mean
-            phases.append(Phase("G/path_length", "G", loss.pl_interval, self.g_path_length, lazy=True, after=follow))
+            # Every pl_interval-th update of G, of which there is one in n_critic steps.
+            interval, critic = loss.pl_interval * filled(loss.n_critic), filled(loss.n_critic)
+            phases.append(
+                Phase("G/path_length", "G", interval, self.g_path_length, lazy=True, every=critic, after=follow)
+            )
         phases.append(Phase("D/main", "D", 1, self.d_main, uses_reals=True, after=self._after_d))
         if not self._penalizes_in_main and (name := "_".join(self._penalties)):
             interval, after = filled(loss.r1_interval), self._after_penalty
@@ -149,7 +152,9 @@ class GANRecipe:
             half_life = -stage.batch_size / math.log2(decay) / 1000 if decay > 0 else 0.0
         elif start is not None:
             half_life = self._annealed(stage, start * half_life, half_life)
-        beta2 = config.anneal.beta2 and self._annealed(stage, filled(config.optim.beta2), config.anneal.beta2)
+        beta2 = None
+        if config.anneal.beta2 is not None:
+            beta2 = self._annealed(stage, filled(config.optim.beta2), config.anneal.beta2)
         return Annealed(self._annealed(stage, 1.0, config.anneal.lr), beta2, half_life)
 
     def _annealed(self, stage: Stage, start: float, end: float | None) -> float:
@@ -310,7 +315,7 @@ class GANRecipe:
         assert batch.img is not None
         if not batch.stage.fading:
             return batch.img.detach()
-        below = F.interpolate(F.avg_pool2d(batch.img, 2), scale_factor=2)
+        below: Tensor = self.D.at_half(batch.img)
         return below.lerp(batch.img, self.alpha)
 
     def _fake(self, batch: MicroBatch, purpose: str) -> tuple[Tensor, Latents]:

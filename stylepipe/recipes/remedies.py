@@ -22,6 +22,8 @@ class WeightClip:
         for module in critic.modules():
             weight_gain, bias_gain = module.gains() if isinstance(module, Equalized) else (1.0, 1.0)
             for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:  # frozen, to be kept as it is
+                    continue
                 gain = bias_gain if name == "bias" else weight_gain
                 self._limits.setdefault(limit / gain, []).append(parameter)
 

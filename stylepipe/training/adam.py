@@ -19,6 +19,7 @@ class Adam:
         arena: with gradients.
         learning_rate: to which a step's multiplier applies.
         betas: decay of mean and of mean square.
+        correction: exponent of both betas, for updates that come oftener than steps.
         eps: added to the root of the latter.
 
     Attributes:
@@ -26,8 +27,11 @@ class Adam:
         state: tensors that resuming needs, by name; after they are changed from outside, call `use` again.
     """
 
-    def __init__(self, arena: Arena, learning_rate: float, betas: tuple[float, float], eps: float) -> None:
-        self._arena, self.learning_rate, self.betas, self._eps = arena, learning_rate, betas, eps
+    def __init__(
+        self, arena: Arena, learning_rate: float, betas: tuple[float, float], eps: float, correction: float = 1.0
+    ) -> None:
+        self._arena, self.learning_rate, self._eps, self._correction = arena, learning_rate, eps, correction
+        self.betas = (betas[0] ** correction, betas[1] ** correction)
         device = arena.params.device
         self._lr = torch.tensor(learning_rate, device=device)
         self.state = {
@@ -56,7 +60,7 @@ class Adam:
     def step(self, lr_multiplier: float, found_inf: Tensor, beta2: float | None = None) -> None:
         """Update; not at all where `found_inf` [] float32 is 1. `beta2` replaces that of the beginning."""
         if beta2 is not None:
-            self._adam.param_groups[0]["betas"] = (self.betas[0], beta2)
+            self._adam.param_groups[0]["betas"] = (self.betas[0], beta2**self._correction)
         self._lr.fill_(self.learning_rate * lr_multiplier)
         self._adam.found_inf = found_inf  # type: ignore[attr-defined]
         self._adam.step()

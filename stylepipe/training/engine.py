@@ -99,7 +99,7 @@ class Engine:
         for index in range(rounds):
             micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
             for term in phase.loss(micro_batch, self.record):
-                (term * ((phase.interval if phase.lazy else 1) / rounds)).backward(inputs=used.parameters)
+                (term * (phase.weight / rounds)).backward(inputs=used.parameters)
         mark_trained(used.parameters, False)
 
         averages = self.record.take_averages(rounds)
@@ -166,12 +166,10 @@ class Engine:
 
         c = k / (k + 1) for interval k; lr and the exponents of both betas are multiplied by c.
         """
-        lazy = [phase.interval for phase in self.recipe.phases if phase.trains == name and phase.lazy]
-        interval = max(lazy, default=1)
+        interval = max(phase.weight for phase in self.recipe.phases if phase.trains == name)
         correction = interval / (interval + 1) if interval > 1 else 1.0
         learning_rate = self.recipe.learning_rates[name] * correction
-        betas = (filled(optim.beta1) ** correction, filled(optim.beta2) ** correction)
-        return Adam(self.arenas[name], learning_rate, betas, optim.eps)
+        return Adam(self.arenas[name], learning_rate, (filled(optim.beta1), filled(optim.beta2)), optim.eps, correction)
 
     def _micro_batch(
         self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor, index: int, rounds: int

@@ -91,6 +91,7 @@ class Phase:
             before it asks for the next, so that only one graph is alive.
         uses_reals: whether `MicroBatch.img` is filled.
         lazy: whether the interval saves work only, and the loss is to make up for it.
+        every: steps from one run of its network's main phase to the next; a lazy phase's interval is a multiple of it.
         after: is given the averages that `loss` recorded and the step's stage, when the update is done.
     """
 
@@ -100,7 +101,13 @@ class Phase:
     loss: Callable[[MicroBatch, Record], Iterator[Tensor]]
     uses_reals: bool = False
     lazy: bool = False
+    every: int = 1
     after: Callable[[Mapping[str, Tensor], Stage], None] = field(default=_nothing)
+
+    @property
+    def weight(self) -> int:
+        """By how much its loss is multiplied: the updates of its network from one run to the next, of a lazy phase."""
+        return self.interval // self.every if self.lazy else 1
 
 
 @dataclass(frozen=True)

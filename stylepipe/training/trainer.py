@@ -391,9 +391,11 @@ def _check_growth(state: State, config: Config) -> None:
         UserError: batch or growth is another one, so that its steps would not meet the beginnings of levels.
     """
     now = config_mapping(config)
-    if now["growth"]["start_res"] == now["res"]:
+    before = state.info.get("config", {})
+    grew = before.get("growth", {}).get("start_res", before.get("res")) != before.get("res")
+    if now["growth"]["start_res"] == now["res"] and not grew:
         return
-    changed = changed_settings(state.info.get("config", {}), {key: now[key] for key in ("growth", "batch_size")})
+    changed = changed_settings(before, {key: now[key] for key in ("growth", "batch_size")})
     if changed:
         what = changed[0].rpartition(": ")[2]
         raise UserError(

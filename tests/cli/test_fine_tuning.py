@@ -111,7 +111,7 @@ def test_settings_come_from_the_file_and_the_preset(source: Path, tuned: Path) -
     assert (network["z_dim"], network["w_dim"], network["mapping_layers"], network["mbstd_channels"]) == (16, 24, 3, 2)
     assert (network["channel_base"], network["channel_max"]) == (512, 16)
     assert (config["augment"], config["aug"]["speed_kimg"]) == ("ada", 100)
-    assert config["ema"] == {"kimg": pytest.approx(8 * 2.5 / 32), "rampup": 0}
+    assert config["ema"] == {"kimg": pytest.approx(8 * 2.5 / 32), "decay": None, "rampup": 0}
     assert f"starting from {source}: G and its average and D" in (tuned / "log.txt").read_text()
 
 
@@ -339,7 +339,10 @@ def test_the_settings_of_a_file_are_complete(tmp_path: Path) -> None:
 MISTAKES = {
     "absent": (["--init", "absent.safetensors"], "absent.safetensors: no such file"),
     "truncated": (["--init", "{truncated}"], "truncated.safetensors: cut short"),
-    "no generator": (["--init", "{d_only}"], "its main network is a stylegan2.Discriminator; expected a stylegan2.Generator"),
+    "no generator": (
+        ["--init", "{d_only}"],
+        "main network is a stylegan2.Discriminator; expected a stylegan2.Generator",
+    ),
     "mixed": (["--init", "{mixed}"], "its D has channel_max 8, its main network 16; expected networks of one training"),
     "z_dim": (["--network.z-dim", "32"], "--network.z-dim 32: --init {source} has 16"),
     "channels": (["--network.channel-max", "32"], "--network.channel-max 32: --init {source} has 16"),

@@ -50,7 +50,7 @@ class Generator(nn.Module):
     def __init__(self, z_dim: int = 4, c_dim: int = 0, class_w_avg: bool = False) -> None:
         super().__init__()
         self.config = {"z_dim": z_dim, "c_dim": c_dim, "class_w_avg": class_w_avg}
-        self.mapping = Mapping(z_dim)
+        self.z_dim, self.mapping = z_dim, Mapping(z_dim)
         self.scale = nn.Parameter(torch.tensor(0.2))
 
     def synthesis(self, ws: Tensor, noise_mode: str) -> Tensor:

@@ -41,7 +41,10 @@ def options(preset: str, shards: Path, out: Path, kimg: float, *more: str) -> li
     return ["train", "--data", str(shards), "--preset", preset, "--out", str(out), "--kimg", str(kimg), *GROWING, *more]
 
 
-@pytest.fixture(scope="module", params=["progan", "stylegan", "stylegan2"])
+OTHERS = [pytest.param(preset, marks=pytest.mark.slow) for preset in ("stylegan", "stylegan2")]
+
+
+@pytest.fixture(scope="module", params=["progan", *OTHERS])
 def grown(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A preset, and a run of 0.096 kimg with it, never interrupted."""
     out = tmp_path_factory.mktemp("runs") / request.param

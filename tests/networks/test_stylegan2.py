@@ -249,11 +249,10 @@ def test_minibatch_stddev_is_that_of_the_groups() -> None:
     torch.testing.assert_close(y[3, 5], expected.expand(3, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_minibatch_stddev_is_capped_to_the_batch_and_refuses_a_remainder() -> None:
-    D = Discriminator(8, mbstd_group_size=4, **SMALL)
-    assert D(torch.randn(3, 3, 8, 8)).shape == (3, 1)
-    with pytest.raises(UserError, match="mbstd_group_size 4: does not divide the batch of 6"):
-        D(torch.randn(6, 3, 8, 8))
+@pytest.mark.parametrize(("batch", "group"), [(3, 3), (6, 3), (8, 4), (5, 1), (2, 2)])
+def test_minibatch_stddev_takes_the_largest_group_that_divides_the_batch(batch: int, group: int) -> None:
+    x = torch.randn(batch, 4, 2, 2)
+    assert torch.equal(MinibatchStdDev(4)(x), MinibatchStdDev(group)(x))
 
 
 def test_conv_clamp_limits_activations() -> None:

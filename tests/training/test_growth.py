@@ -9,6 +9,7 @@ import torch
 
 from stylepipe.config import AugmentConfig, Config, EMAConfig, GrowthConfig, LossConfig, NetworkConfig
 from stylepipe.datasets.reader import Batch
+from stylepipe.kernels import downsample2d, upsample2d
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.gan import GANRecipe
@@ -164,7 +165,9 @@ def test_a_stage_trains_what_it_uses_and_leaves_the_rest_to_the_bit(kind: str) -
             for key, p in network.named_parameters():
                 if id(p) in parts:
                     assert p.grad is not None
-                    if stage.alpha > 0:  # at 0 the new level changes nothing
+                    # Of the last phase, R1 or path length, to which additive parameters may be nothing. At alpha 0 the
+                    # new level changes nothing at all.
+                    if stage.alpha > 0 and "bias" not in key and "noise" not in key:
                         assert p.grad.any(), (stage, name, key)
                 else:
                     assert torch.equal(p, before[name][key]), (stage, name, key)
@@ -200,7 +203,7 @@ def test_moments_are_forgotten_where_a_level_begins(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seen", [16, 24, 40, 56])
+@pytest.mark.parametrize("seen", [24, *(pytest.param(seen, marks=pytest.mark.slow) for seen in (16, 40, 56))])
 def test_resuming_in_a_fade_and_at_its_ends_is_exact(kind: str, seen: int) -> None:
     """At 16 and 48 images a level begins, up to 32 and 64 it fades."""
     straight = make_engine(settings(kind))
@@ -229,8 +232,12 @@ def test_real_images_fade_in_with_the_generated_ones(kind: str) -> None:
     batch = next_batch_at(engine, 24)
     micro_batch = engine._micro_batch(recipe.phases[-1], stage, batch.images, batch.labels, 0, 2)
     found = recipe._real(micro_batch)
-    blocks = micro_batch.img.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
-    below = blocks.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    if kind == "stylegan2":  # by its own filters, as its generator's images fade
+        taps = recipe.D.resample_filter
+        below = upsample2d(downsample2d(micro_batch.img, taps), taps)
+    else:
+        blocks = micro_batch.img.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+        below = blocks.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     torch.testing.assert_close(found, (below + micro_batch.img) / 2)
 
 
