@@ -41,6 +41,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads each would only fight
         torch.set_num_threads(1)
+        torch.set_num_threads = lambda _: None  # trainings within a test would take all cores, for good
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

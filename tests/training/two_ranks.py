@@ -51,7 +51,10 @@ def main(out: Path, losses: str) -> None:
         ),
         growth=GrowthConfig(start_res=8, stable_kimg=0.008, fade_kimg=0.016) if losses == "growing" else GrowthConfig(),
         augment="ada",
-        aug=AugmentConfig(pipe="bgcfnc", p=0.5, interval=2, speed_kimg=0.1),
+        # While growing D is unsure, and p would go up and down again: a low target has it rise.
+        aug=AugmentConfig(
+            pipe="bgcfnc", p=0.5, interval=2, speed_kimg=0.1, target=-0.9 if losses == "growing" else 0.6
+        ),
     )
     config = with_precision(resolve(config, world_size), "fp32")
     torch.manual_seed(rank)  # whatever a rank's own generator holds must not matter
