@@ -61,28 +61,24 @@ def dataset_for_training(
         upscale: also take photographs smaller than `resolution`.
         labels: the training needs labels: those of a prepared folder, or as `prepare` finds them for photographs.
         levels: the training also needs the images at smaller resolutions, from this one up (a power of two, 4 or
-            more): `levels_for_training` will find them.
+            more). A folder prepared now gets them in the same pass; ask `levels_for_training` for them.
         progress: show a progress bar where stderr is a terminal.
 
     Raises:
         UserError: see `open_dataset` and `prepare`; labels asked for and absent; the cache cannot be written.
     """
     check_resolution(resolution)
-    # A folder that is prepared now gets its levels in the same pass; one that was there may be without.
     with_levels = levels is not None and bool(level_resolutions(resolution, levels))
     if data is None:
         if labels:
             raise UserError(_DRAWN_WITHOUT_LABELS)
-        folder = _built_once(*_drawn_faces(resolution, workers, with_levels, progress))
-    elif is_prepared(data):
-        folder = Path(data)
-        if not open_dataset(folder, resolution).c_dim and labels:
+        return _built_once(*_drawn_faces(resolution, workers, with_levels, progress))
+    data = Path(data)
+    if is_prepared(data):
+        if not open_dataset(data, resolution).c_dim and labels:
             raise UserError(f"{data}: has no labels; prepare it again with --labels, or train without --cond")
-    else:
-        folder = _built_once(*_photographs(Path(data), resolution, workers, upscale, labels, with_levels, progress))
-    if levels is not None:
-        levels_for_training(folder, levels, workers=workers, progress=progress)
-    return folder
+        return data
+    return _built_once(*_photographs(data, resolution, workers, upscale, labels, with_levels, progress))
 
 
 def levels_for_training(path: Path, lowest: int, *, workers: int | None = None, progress: bool = True) -> Path:

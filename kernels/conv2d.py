@@ -1,9 +1,10 @@
 """Convolution whose derivatives of every order are plain convolutions.
 
 torch expresses the derivative of a weight gradient as a convolution with images and channels exchanged, which runs at
-a quarter of the speed of the weight gradient itself. R1 and path length regularization differentiate twice, so here
-both gradients are written with the primitives of the first backward pass: the input's gradient is a convolution of
-the other kind, and the weight's gradient is bilinear, with two such convolutions as derivatives.
+a quarter of the speed of the weight gradient itself, and in a grouped convolution as one convolution per group. R1 and
+path length regularization differentiate twice, so here both gradients are written with the primitives of the first
+backward pass: the input's gradient is a convolution of the other kind, and the weight's gradient is bilinear, with two
+such convolutions as derivatives.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ class _Geometry(NamedTuple):
     padding: int
     transposed: bool
     output_padding: tuple[int, int] = (0, 0)
+    groups: int = 1
 
     def arguments(self) -> tuple[Any, ...]:
         """Return stride, padding, dilation, transposed, output padding and groups, as torch takes them."""
         stride, padding = [self.stride] * 2, [self.padding] * 2
-        return stride, padding, [1, 1], self.transposed, list(self.output_padding), 1
+        return stride, padding, [1, 1], self.transposed, list(self.output_padding), self.groups
 
     def adjoint(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> _Geometry:
         """Return the geometry that maps y's shape back to x's with the same weight."""
         if self.transposed:
-            return _Geometry(self.stride, self.padding, False)
+            return self._replace(transposed=False, output_padding=(0, 0))
         rows, columns = (
             x.shape[i] - ((y.shape[i] - 1) * self.stride + weight.shape[i] - 2 * self.padding) for i in (2, 3)
         )
-        return _Geometry(self.stride, self.padding, True, (rows, columns))
+        return self._replace(transposed=True, output_padding=(rows, columns))
 
 
 def conv2d(
@@ -47,16 +49,17 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,
+    groups: int = 1,
 ) -> torch.Tensor:
-    """Return the correlation of x [N, I, H, W] with weight [O, I, kh, kw], plus bias [O].
+    """Return the correlation of x [N, I, H, W] with weight [O, I / groups, kh, kw], plus bias [O].
 
-    Transposed, it is the adjoint of that map, as torch's conv_transpose2d: weight is [I, O, kh, kw] then.
+    Transposed, it is the adjoint of that map, as torch's conv_transpose2d: weight is [I, O / groups, kh, kw] then.
     """
     if torch.compiler.is_compiling():  # a compiled region is differentiated once
         if transposed:
-            return F.conv_transpose2d(x, weight, bias, stride=stride, padding=padding)
-        return F.conv2d(x, weight, bias, stride=stride, padding=padding)
-    return _Convolution.apply(x, weight, bias, _Geometry(stride, padding, transposed))
+            return F.conv_transpose2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+        return F.conv2d(x, weight, bias, stride=stride, padding=padding, groups=groups)
+    return _Convolution.apply(x, weight, bias, _Geometry(stride, padding, transposed, groups=groups))
 
 
 class _Convolution(torch.autograd.Function):

@@ -491,11 +491,14 @@ def by_level(option: str, text: str | None, whole: bool = False) -> dict[int, fl
     for part in (text or "").split(",") if text else []:
         level, _, number = part.strip().partition(":")
         try:
-            found[int(level)] = int(number) if whole else float(number)
+            res, value = int(level), int(number) if whole else float(number)
         except ValueError:
             raise UserError(f"{option} {text}: {part!r} found, expected LEVEL:NUMBER, such as 4:128,32:64") from None
-        if int(level) < 4 or int(level) & (int(level) - 1) or not 0 < found[int(level)] < 2**20:
+        if res < 4 or res & (res - 1) or not 0 < value < 2**20:
             raise UserError(f"{option} {text}: {part!r} found, expected a power of two from 4, and a number above 0")
+        if res in found:
+            raise UserError(f"{option} {text}: {res} px twice; expected each level once")
+        found[res] = value
     return found
 
 

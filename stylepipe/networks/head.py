@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -79,23 +79,17 @@ class DiscriminatorHead(nn.Module):
         conv_clamp: float | None = None,
     ) -> None:
         super().__init__()
-        if last_layer not in LAST_LAYERS:
-            raise UserError(f"last_layer {last_layer!r}: expected one of {', '.join(LAST_LAYERS)}")
-        if mbstd_channels and channels % mbstd_channels:
-            raise UserError(
-                f"mbstd_channels {mbstd_channels}: expected a divisor of the {channels} channels at 4 px, or 0 for none"
-            )
         projected = is_projected(c_dim, conditioning)
-        self.mbstd = MinibatchStdDev(mbstd_group_size, mbstd_channels)
+        self.normalized = is_normalized(last_layer)
+        self.mbstd = minibatch_stddev(channels, mbstd_group_size, mbstd_channels)
         self.conv = Conv2d(channels + mbstd_channels, channels, 3, act="lrelu", conv_clamp=conv_clamp)
         self.fc = Linear(channels * HEAD_RES**2, channels, act="lrelu")
         self.mbdisc = MinibatchDiscrimination(channels, mbdisc_kernels) if mbdisc_kernels else None
         width, outputs = channels + mbdisc_kernels, channels if projected else 1
-        if last_layer == "linear":
-            self.out = Linear(width, outputs)
-        else:
+        if self.normalized:
             self.direction = nn.Parameter(torch.randn(outputs, width))
-        self.normalized = last_layer == "normalized"
+        else:
+            self.out = Linear(width, outputs)
         self.aux = Linear(width, c_dim) if conditioning != "projection" else None
         self._cmap_gain = 1 / math.sqrt(outputs)
 
@@ -106,20 +100,10 @@ class DiscriminatorHead(nn.Module):
         h = features if self.mbdisc is None else torch.cat([features, self.mbdisc(features)], dim=1)
         class_logits = None if self.aux is None else self.aux(h)
         if self.normalized:
-            direction = F.normalize(self.direction if cmap is None else cmap @ self.direction, dim=1)
-            logits = (h * direction.detach()).sum(dim=1, keepdim=True)
-            return Judgement(logits, features, class_logits, (h.detach() * direction).sum(dim=1, keepdim=True))
+            return judge_along(self.direction if cmap is None else cmap @ self.direction, h, features, class_logits)
         y = self.out(h)
         logits = y if cmap is None else (y * cmap).sum(dim=1, keepdim=True) * self._cmap_gain
         return Judgement(logits, features, class_logits)
-
-
-class DiscriminatorEpilogue(DiscriminatorHead):
-    """The head, and the fromRGB of images that come in at 4 px."""
-
-    def __init__(self, fromrgb: Conv2d | None, channels: int, **options: Unpack[HeadOptions]) -> None:
-        super().__init__(channels, **options)
-        self.fromrgb = fromrgb
 
 
 class MinibatchDiscrimination(nn.Module):
@@ -139,6 +123,31 @@ class MinibatchDiscrimination(nn.Module):
         m = self.project(features).unflatten(1, (self.kernels, _MBDISC_DIMENSIONS))
         similar = (-(m[:, None] - m[None]).abs().sum(dim=3)).exp()  # [N, N, kernels], 1 where an image meets itself
         return (similar.sum(dim=1) - 1) / max(len(m) - 1, 1)
+
+
+def judge_along(
+    w: torch.Tensor, h: torch.Tensor, features: torch.Tensor, class_logits: torch.Tensor | None
+) -> Judgement:
+    """Judge h [N, F] by the direction of w [1 or N, F]: SAN's last layer."""
+    direction = F.normalize(w, dim=1)
+    logits = (h * direction.detach()).sum(dim=1, keepdim=True)
+    return Judgement(logits, features, class_logits, (h.detach() * direction).sum(dim=1, keepdim=True))
+
+
+def minibatch_stddev(channels: int, group_size: int, num_channels: int) -> MinibatchStdDev:
+    """Return the minibatch standard deviation of activations at 4 px; raise UserError where they do not divide."""
+    if num_channels and channels % num_channels:
+        raise UserError(
+            f"mbstd_channels {num_channels}: expected a divisor of the {channels} channels at 4 px, or 0 for none"
+        )
+    return MinibatchStdDev(group_size, num_channels)
+
+
+def is_normalized(last_layer: str) -> bool:
+    """Tell whether a last layer is normalized; raise UserError where there is no such layer."""
+    if last_layer not in LAST_LAYERS:
+        raise UserError(f"last_layer {last_layer!r}: expected one of {', '.join(LAST_LAYERS)}")
+    return last_layer == "normalized"
 
 
 def is_projected(c_dim: int, conditioning: str) -> bool:

@@ -1,8 +1,11 @@
-"""What varies with the resolution: channels and activation type."""
+"""What varies with the resolution: channels, activation type, and the modules in use."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
+from torch import nn
 
 from stylepipe.errors import UserError
 
@@ -33,3 +36,14 @@ class Levels:
 def half_dtype_name(dtype: str | torch.dtype | None) -> str | None:
     """Return the name that a network's JSON config holds for a type given either way."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def used_modules(
+    network: nn.Module, resolutions: Iterable[int], res: int, rgb: str, shown: Collection[int]
+) -> list[nn.Module]:
+    """Return the parts of the blocks b4, b8, ... that an image of `res` pixels takes, in the order of `resolutions`.
+
+    Those named `rgb`, toRGB or fromRGB, only of the resolutions in `shown`.
+    """
+    parts = [(r, *part) for r in resolutions if r <= res for part in network.get_submodule(f"b{r}").named_children()]
+    return [part for r, name, part in parts if name != rgb or r in shown]

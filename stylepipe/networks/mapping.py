@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from stylepipe.errors import UserError
 from stylepipe.networks.layers import Linear, normalize_second_moment
 
 _LR_MULTIPLIER = 0.01
@@ -28,6 +29,8 @@ class MappingNetwork(nn.Module):
         self, z_dim: int, c_dim: int, w_dim: int, num_ws: int | None, num_layers: int = 8, class_w_avg: bool = False
     ) -> None:
         super().__init__()
+        if class_w_avg and c_dim == 0:
+            raise UserError("class_w_avg: expected a network with labels, found c_dim 0")
         self.z_dim = z_dim
         self.c_dim = c_dim
         self.num_ws = num_ws

@@ -6,7 +6,6 @@ Karras et al. 2018, arXiv:1710.10196 (growing: section 2 and Fig. 2; layers: app
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Unpack
 
 import torch
@@ -14,11 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from stylepipe.kernels import conv2d
-from stylepipe.networks import stylegan2
-from stylepipe.networks.head import DiscriminatorEpilogue, HeadOptions, Judgement, head_config, label_mapping
+from stylepipe.networks.discriminator import PyramidDiscriminator
+from stylepipe.networks.head import HeadOptions, head_config
 from stylepipe.networks.layers import Conv2d, Linear, normalize_second_moment, to_channels_last
-from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
-from stylepipe.networks.spectral import add_spectral_norm_
+from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name, used_modules
 
 _PIXEL_NORM_EPS = 1e-8
 
@@ -78,7 +76,7 @@ class Generator(nn.Module):
 
     def used_at(self, res: int, fading: bool) -> list[nn.Module]:
         """Return the modules that an image of `res` pixels takes."""
-        return used_modules(self, [r for r in self.resolutions if r <= res], "torgb", shown_at(res, fading))
+        return used_modules(self, self.resolutions, res, "torgb", {res, res // 2} if fading else {res})
 
     def forward(
         self,
@@ -157,7 +155,7 @@ class UpsampleConv2d(Conv2d):
         return conv2d(x, weight.transpose(0, 1), bias, stride=2, padding=1, transposed=True)
 
 
-class Discriminator(nn.Module):
+class Discriminator(PyramidDiscriminator):
     """Maps images of any of its resolutions to logits, positive for real, through blocks of halving resolution."""
 
     def __init__(
@@ -177,12 +175,24 @@ class Discriminator(nn.Module):
 
         Args:
             res, img_channels, channel_base, channel_max, half_levels, half_dtype: as Generator.
-            grows: take images of lower resolutions too, each of which has a fromRGB then.
-            spectral_norm: divide all weights by their largest singular value (Miyato et al. 2018, arXiv:1802.05957).
+            grows, spectral_norm: as PyramidDiscriminator.
             head: options of the last block and of labels; `conv_clamp` holds for all blocks.
         """
-        super().__init__()
-        self.config: dict[str, Any] = {
+        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
+
+        def make_block(fromrgb: Conv2d | None, r: int) -> nn.Module:
+            return self.make_block(fromrgb, levels, r, head.get("conv_clamp"))
+
+        super().__init__(
+            levels,
+            make_block,
+            img_channels=img_channels,
+            architecture="orig",
+            grows=grows,
+            spectral_norm=spectral_norm,
+            **head,
+        )
+        self.config = {
             "res": res,
             "img_channels": img_channels,
             "channel_base": channel_base,
@@ -193,69 +203,19 @@ class Discriminator(nn.Module):
             "spectral_norm": spectral_norm,
             **head_config(head),
         }
-        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
-        self.resolutions, self.grows = levels.resolutions, grows
-        conv_clamp, lowest = head.get("conv_clamp"), levels.channels[LOWEST_RES]
-
-        def fromrgb(r: int) -> Conv2d | None:
-            if not grows and r < res:
-                return None
-            return Conv2d(img_channels, levels.channels[r], 1, act="lrelu", conv_clamp=conv_clamp)
-
-        for r in reversed(levels.resolutions[1:]):
-            self.add_module(f"b{r}", self._block(fromrgb(r), levels, r, conv_clamp))
-        self.mapping = label_mapping(head.get("c_dim", 0), head.get("conditioning", "projection"), lowest)
-        self.b4 = DiscriminatorEpilogue(fromrgb(LOWEST_RES), lowest, **head)
-        if spectral_norm:
-            add_spectral_norm_(self)
 
     @staticmethod
-    def _block(
-        fromrgb: Conv2d | None, levels: Levels, res: int, conv_clamp: float | None
-    ) -> DiscriminatorBlock | stylegan2.DiscriminatorBlock:
+    def make_block(fromrgb: Conv2d | None, levels: Levels, res: int, conv_clamp: float | None) -> nn.Module:
         """Return the layers of a resolution above 4 px."""
         return DiscriminatorBlock(fromrgb, levels, res, conv_clamp)
 
-    def forward(
-        self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return logits [N, 1] float32 of img [N, img_channels, res, res] and c [N, c_dim]; `alpha` as in `judge`."""
-        return self.judge(img, c, alpha).logits
+    def downsample(self, img: torch.Tensor) -> torch.Tensor:
+        """Return the 2x2 means of img [N, C, H, W]."""
+        return F.avg_pool2d(img, 2)
 
-    def judge(self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None) -> Judgement:
-        """Return all that the last block says of the images.
-
-        Args:
-            img: [N, img_channels, R, R] float32, R a resolution of this network; the full one unless it grows.
-            c: [N, c_dim] float32.
-            alpha: [] float32, how far the first level that sees the image is faded in, the next seeing it at half the
-                size; None: wholly.
-        """
-        res, full = img.shape[-1], self.resolutions[-1]
-        if img.ndim != 4 or img.shape[2] != res or (res != full and not (self.grows and res in self.resolutions)):
-            expected = " or a smaller power of two" if self.grows else ""
-            raise ValueError(f"img of shape {list(img.shape)}: expected [N, C, {full}, {full}]{expected}")
-        img = to_channels_last(img, torch.promote_types(img.dtype, torch.float32))
-        x: torch.Tensor = getattr(self, f"b{res}").fromrgb(img)  # in float32
-        for r in reversed([r for r in self.resolutions[1:] if r <= res]):
-            block: DiscriminatorBlock | stylegan2.DiscriminatorBlock = getattr(self, f"b{r}")
-            x = block(to_channels_last(x, block.dtype))
-            if r == res and alpha is not None:
-                before: torch.Tensor = getattr(self, f"b{r // 2}").fromrgb(F.avg_pool2d(img, 2))
-                x = before.lerp(to_channels_last(x, before.dtype), alpha)  # float32, which rounds neither
-        cmap = None if self.mapping is None else self.mapping(None, c)
-        judgement: Judgement = self.b4(to_channels_last(x, img.dtype), cmap)
-        return judgement
-
-    def at_half(self, img: torch.Tensor) -> torch.Tensor:
-        """Return img [N, C, H, W] without what a level of half its size has not, by the filters of both networks."""
-        return enlarge(F.avg_pool2d(img, 2))
-
-    def used_at(self, res: int, fading: bool) -> list[nn.Module]:
-        """Return the modules that see an image of `res` pixels."""
-        resolutions = [r for r in reversed(self.resolutions) if r <= res]
-        modules = used_modules(self, resolutions, "fromrgb", shown_at(res, fading))
-        return modules if self.mapping is None else [*modules, self.mapping]
+    def upsample(self, img: torch.Tensor) -> torch.Tensor:
+        """Return img [N, C, H, W] with each pixel four times."""
+        return enlarge(img)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -287,14 +247,3 @@ def to_rgb(torgb: Conv2d, x: torch.Tensor) -> torch.Tensor:
 def enlarge(img: torch.Tensor) -> torch.Tensor:
     """Return img [N, C, H, W] as [N, C, 2H, 2W], each pixel four times."""
     return F.interpolate(img, scale_factor=2, mode="nearest")
-
-
-def shown_at(res: int, fading: bool) -> set[int]:
-    """Return the resolutions whose toRGB or fromRGB an image of `res` pixels takes."""
-    return {res, res // 2} if fading else {res}
-
-
-def used_modules(network: nn.Module, resolutions: Iterable[int], rgb: str, shown: set[int]) -> list[nn.Module]:
-    """Return the parts of the blocks b4, b8, ... of `resolutions`, those named `rgb` only where `shown`."""
-    parts = [(r, *part) for r in resolutions for part in network.get_submodule(f"b{r}").named_children()]
-    return [part for r, name, part in parts if name != rgb or r in shown]

@@ -14,20 +14,20 @@ import torch
 from torch import nn
 
 from stylepipe.kernels import bias_act, downsample2d, setup_filter, upsample2d
-from stylepipe.networks.dcgan import (
+from stylepipe.networks.head import HEAD_RES, HeadOptions, Judgement, head_config
+from stylepipe.networks.layers import LRELU_SLOPE
+from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
+from stylepipe.networks.norms import at_least_float32
+from stylepipe.networks.plain import (
     Conv2d,
     LabelEmbedding,
+    PlainDiscriminator,
+    PlainGenerator,
     PlainHead,
     activations,
     linear,
-    minibatch_stddev,
-    refuse_growth,
-    refuse_images,
+    plain_stddev,
 )
-from stylepipe.networks.head import HEAD_RES, HeadOptions, Judgement, head_config
-from stylepipe.networks.layers import LRELU_SLOPE, to_channels_last
-from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
-from stylepipe.networks.norms import at_least_float32
 from stylepipe.networks.spectral import add_spectral_norm_
 
 RESAMPLE_TAPS = (1, 2, 1)
@@ -39,7 +39,7 @@ CHANNELS_PER_GROUP = 8  # of a block's width; EXPANSION times as many where they
 _LRELU_GAIN = math.sqrt(2 / (1 + LRELU_SLOPE**2))  # He et al. 2015, arXiv:1502.01852, Eq. 15
 
 
-class Generator(nn.Module):
+class Generator(PlainGenerator):
     """Maps latents to images: a learned 4x4 basis scaled by the latent, then levels of doubling resolution."""
 
     def __init__(
@@ -89,33 +89,17 @@ class Generator(nn.Module):
             self.add_module(f"b{r}", SynthesisLevel(levels, r, conv_clamp))
         self.torgb = _conv1x1(levels.channels[res], img_channels)
 
-    def forward(
-        self,
-        z: torch.Tensor,
-        c: torch.Tensor | None = None,
-        res: int | None = None,
-        alpha: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return img [N, img_channels, res, res] float32, channels_last, of z [N, z_dim] and c [N, c_dim].
-
-        Raises:
-            ValueError: another `res` than the network's, or an `alpha`: it does not grow.
-        """
-        refuse_growth(self.resolutions[0], res, alpha)
+    def make(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        """See PlainGenerator."""
         z = at_least_float32(z)
         x = self.basis * self.fc(z if self.embed is None else self.embed(z, c))[:, :, None, None]
         for r in self._levels:
             x = self.get_submodule(f"b{r}")(x)
-        img = self.torgb(at_least_float32(x))
-        return to_channels_last(img, img.dtype)
-
-    def used_at(self, res: int, fading: bool) -> list[nn.Module]:
-        """Return the modules that an image of `res` pixels takes: all, for the network does not grow."""
-        del res, fading
-        return [self]
+        img: torch.Tensor = self.torgb(at_least_float32(x))
+        return img
 
 
-class Discriminator(nn.Module):
+class Discriminator(PlainDiscriminator):
     """Maps images to logits, positive for real: levels of halving resolution, a global convolution, a linear layer."""
 
     def __init__(
@@ -156,7 +140,7 @@ class Discriminator(nn.Module):
         for r in self._levels:
             self.add_module(f"b{r}", DiscriminatorLevel(levels, r, head.get("conv_clamp")))
         lowest = levels.channels[LOWEST_RES]
-        self.mbstd = minibatch_stddev(lowest, head)
+        self.mbstd = plain_stddev(lowest, head)
         features = lowest + self.mbstd.num_channels
         self.pool = nn.Parameter(torch.randn(features, HEAD_RES, HEAD_RES) / HEAD_RES)
         self.head = PlainHead(features, **head)
@@ -164,19 +148,8 @@ class Discriminator(nn.Module):
             self.config["spectral_norm"] = True
             add_spectral_norm_(self)
 
-    def forward(
-        self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return logits [N, 1] float32 of img [N, img_channels, res, res] and c [N, c_dim]."""
-        return self.judge(img, c, alpha).logits
-
-    def judge(self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None) -> Judgement:
-        """Return all that the last layer says of img [N, img_channels, res, res] and c [N, c_dim].
-
-        Raises:
-            ValueError: images of another size, or an `alpha`: the network does not grow.
-        """
-        refuse_images(img, self.resolutions[0], alpha)
+    def look(self, img: torch.Tensor, c: torch.Tensor | None) -> Judgement:
+        """See PlainDiscriminator."""
         x = self.fromrgb(activations(img, torch.float32))
         for r in self._levels:
             x = self.get_submodule(f"b{r}")(x)
@@ -184,11 +157,6 @@ class Discriminator(nn.Module):
         features = (self.mbstd(at_least_float32(x)) * self.pool).sum(dim=(2, 3))
         judgement: Judgement = self.head(features, c)
         return judgement
-
-    def used_at(self, res: int, fading: bool) -> list[nn.Module]:
-        """Return the modules that see an image of `res` pixels: all, for the network does not grow."""
-        del res, fading
-        return [self]
 
 
 class _Level(nn.Module):

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from stylepipe.errors import UserError
 from stylepipe.kernels import bias_act, conv2d, upfirdn2d
 from stylepipe.networks import progan, stylegan2
 from stylepipe.networks.layers import Conv2d, Linear, resample_filter, to_channels_last
-from stylepipe.networks.levels import Levels, half_dtype_name
+from stylepipe.networks.levels import Levels, half_dtype_name, used_modules
 from stylepipe.networks.mapping import MappingNetwork
-from stylepipe.networks.progan import enlarge, shown_at, to_rgb, used_modules
+from stylepipe.networks.progan import enlarge, to_rgb
+from stylepipe.networks.style_based import StyleGenerator, Synthesis
 
 _INSTANCE_NORM_EPS = 1e-8
 
 
-class Generator(nn.Module):
+class Generator(StyleGenerator):
     """Maps latents to images: `mapping(z, c) -> ws`, `synthesis(ws) -> img`, or both in one call."""
 
     def __init__(
@@ -74,55 +74,24 @@ class Generator(nn.Module):
             "class_w_avg": class_w_avg,
             "alpha": alpha,
         }
-        if class_w_avg and c_dim == 0:
-            raise UserError("class_w_avg: expected a network with labels, found c_dim 0")
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, conv_clamp, alpha)
-        self.z_dim, self.w_dim, self.c_dim, self.num_ws = z_dim, w_dim, c_dim, self.synthesis.num_ws
-        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers, class_w_avg)
-
-    def forward(
-        self,
-        z: torch.Tensor,
-        c: torch.Tensor | None = None,
-        truncation_psi: float = 1,
-        truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
-    ) -> torch.Tensor:
-        """Return img [N, img_channels, res, res] float32, about in [-1, 1], of z [N, z_dim] and c [N, c_dim]."""
-        img: torch.Tensor = self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff), noise_mode=noise_mode)
-        return img
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.synthesis.num_ws, mapping_layers, class_w_avg)
+        self.take_dimensions()
 
 
-class SynthesisNetwork(nn.Module):
-    """Maps ws to images through blocks b4, b8, ... of doubling resolution, each with a toRGB of its own.
-
-    Attributes:
-        num_ws: styles that one image takes, two per resolution. A smaller image takes the first of them.
-    """
+class SynthesisNetwork(Synthesis["SynthesisBlock"]):
+    """Maps ws, two per resolution, to images through blocks of doubling resolution, each with a toRGB of its own."""
 
     def __init__(self, levels: Levels, w_dim: int, img_channels: int, conv_clamp: float | None, alpha: float) -> None:
-        super().__init__()
-        self.resolutions, self.alpha = levels.resolutions, alpha
+        super().__init__(levels, alpha, torgb_styles=0)
         for r in levels.resolutions:
             self.add_module(f"b{r}", SynthesisBlock(levels, r, w_dim, img_channels, conv_clamp))
         self.num_ws = self.num_ws_at(levels.res)
 
-    def blocks(self, res: int | None = None) -> list[SynthesisBlock]:
-        """Return the blocks from 4 px up to `res`, by default all."""
-        return [getattr(self, f"b{r}") for r in self.resolutions if res is None or r <= res]
-
-    def num_ws_at(self, res: int) -> int:
-        """Return how many of the styles an image of `res` pixels takes."""
-        return sum(len(block.layers()) for block in self.blocks(res))
-
-    def noise_size(self, res: int | None = None) -> int:
-        """Return how many random numbers one image of `res` pixels takes, by default one of the full size."""
-        return sum(layer.res**2 for block in self.blocks(res) for layer in block.layers())
-
     def used_at(self, res: int, fading: bool) -> list[nn.Module]:
         """Return the modules that an image of `res` pixels takes."""
-        return used_modules(self, [r for r in self.resolutions if r <= res], "torgb", shown_at(res, fading))
+        return used_modules(self, self.resolutions, res, "torgb", {res, res // 2} if fading else {res})
 
     def forward(
         self,
@@ -132,39 +101,16 @@ class SynthesisNetwork(nn.Module):
         res: int | None = None,
         alpha: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return img [N, img_channels, res, res] float32, channels_last.
-
-        Args:
-            ws: [N, num_ws, w_dim] float32.
-            noise_mode: random (fresh, or taken from `noise`), const (the buffers noise_const) or none.
-            noise: [N, noise_size(res)] float32 normal, used when noise_mode is random; None draws it here.
-            res: size of the image while the network grows, by default the full one.
-            alpha: [] float32, how far the last level is faded in over the enlarged image of the one before; None:
-                wholly, unless the network says less.
-        """
-        if alpha is None and self.alpha < 1:
-            alpha = torch.tensor(self.alpha, device=ws.device)
-        if noise_mode not in ("random", "const", "none"):
-            raise ValueError(f"noise_mode {noise_mode!r}: expected random, const or none")
-        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
-            raise ValueError(f"ws of shape {list(ws.shape)}: expected [N, {self.num_ws}, w_dim]")
-        if noise_mode == "random" and noise is None:
-            noise = torch.randn(ws.shape[0], self.noise_size(res), device=ws.device)
+        """Return img [N, img_channels, res, res] float32, channels_last; the arguments are those of Synthesis."""
+        alpha, noises = self.prepared(ws, noise_mode, noise, res, alpha)
         blocks, w_of = self.blocks(res), iter(ws.unbind(dim=1))
         x: torch.Tensor | None = None
         before: torch.Tensor | None = None
-        first_noise = 0
         for block in blocks:
             if x is not None and block is blocks[-1] and alpha is not None:
                 before = enlarge(to_rgb(blocks[-2].torgb, x))
             for layer in block.layers():
-                if noise_mode == "random":
-                    assert noise is not None
-                    flat = noise[:, first_noise : first_noise + layer.res**2]
-                    x = layer(x, next(w_of), flat.view(-1, 1, layer.res, layer.res))
-                    first_noise += layer.res**2
-                else:
-                    x = layer(x, next(w_of), layer.noise_const[None, None] if noise_mode == "const" else None)
+                x = layer(x, next(w_of), next(noises))
         assert x is not None
         img = to_rgb(blocks[-1].torgb, x)
         return img if before is None or alpha is None else before.lerp(img, alpha)
@@ -299,7 +245,8 @@ class Discriminator(progan.Discriminator):
     """
 
     @staticmethod
-    def _block(
+    def make_block(
         fromrgb: Conv2d | None, levels: Levels, res: int, conv_clamp: float | None
     ) -> stylegan2.DiscriminatorBlock:
+        """Return the layers of a resolution above 4 px."""
         return stylegan2.DiscriminatorBlock(fromrgb, levels, res, "orig", conv_clamp)

@@ -15,7 +15,8 @@ from torch import nn
 
 from stylepipe.errors import UserError
 from stylepipe.kernels import downsample2d, per_pixel_dot, upsample2d
-from stylepipe.networks.head import DiscriminatorEpilogue, HeadOptions, Judgement, head_config, label_mapping
+from stylepipe.networks.discriminator import PyramidDiscriminator
+from stylepipe.networks.head import HeadOptions, head_config
 from stylepipe.networks.layers import (
     Conv2d,
     Modulation,
@@ -27,13 +28,13 @@ from stylepipe.networks.layers import (
 )
 from stylepipe.networks.levels import LOWEST_RES, Levels, half_dtype_name
 from stylepipe.networks.mapping import MappingNetwork
-from stylepipe.networks.spectral import add_spectral_norm_
+from stylepipe.networks.style_based import StyleGenerator, Synthesis
 
 ARCHITECTURES = ("skip", "resnet", "orig")
 _RESIDUAL_GAIN = math.sqrt(0.5)
 
 
-class Generator(nn.Module):
+class Generator(StyleGenerator):
     """Maps latents to images: `mapping(z, c) -> ws`, `synthesis(ws) -> img`, or both in one call."""
 
     def __init__(
@@ -86,29 +87,16 @@ class Generator(nn.Module):
             "half_dtype": half_dtype_name(half_dtype),
         }
         if class_w_avg:  # files without it stay as they always were
-            if c_dim == 0:
-                raise UserError("class_w_avg: expected a network with labels, found c_dim 0")
             self.config["class_w_avg"] = True
         if alpha < 1:
             self.config["alpha"] = alpha
         levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
         self.synthesis = SynthesisNetwork(levels, w_dim, img_channels, _checked(architecture), conv_clamp, alpha)
-        self.z_dim, self.w_dim, self.c_dim, self.num_ws = z_dim, w_dim, c_dim, self.synthesis.num_ws
-        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.num_ws, mapping_layers, class_w_avg)
-
-    def forward(
-        self,
-        z: torch.Tensor,
-        c: torch.Tensor | None = None,
-        truncation_psi: float = 1,
-        truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
-    ) -> torch.Tensor:
-        """Return img [N, img_channels, res, res] float32, about in [-1, 1], of z [N, z_dim] and c [N, c_dim]."""
-        return self.synthesis(self.mapping(z, c, truncation_psi, truncation_cutoff), noise_mode=noise_mode)
+        self.mapping = MappingNetwork(z_dim, c_dim, w_dim, self.synthesis.num_ws, mapping_layers, class_w_avg)
+        self.take_dimensions()
 
 
-class SynthesisNetwork(nn.Module):
+class SynthesisNetwork(Synthesis["SynthesisBlock"]):
     """Maps ws to images through blocks b4, b8, ... of doubling resolution.
 
     Attributes:
@@ -125,24 +113,12 @@ class SynthesisNetwork(nn.Module):
         conv_clamp: float | None,
         alpha: float,
     ) -> None:
-        super().__init__()
-        self.resolutions, self.architecture, self.alpha = levels.resolutions, architecture, alpha
+        super().__init__(levels, alpha, torgb_styles=1)
+        self.architecture = architecture
         for res in levels.resolutions:
             block = SynthesisBlock(levels, res, w_dim, img_channels, architecture, conv_clamp)
             self.add_module(f"b{res}", block)
         self.num_ws = self.num_ws_at(levels.res)
-
-    def blocks(self, res: int | None = None) -> list[SynthesisBlock]:
-        """Return the blocks from 4 px up to `res`, by default all."""
-        return [getattr(self, f"b{r}") for r in self.resolutions if res is None or r <= res]
-
-    def num_ws_at(self, res: int) -> int:
-        """Return how many of the styles an image of `res` pixels takes."""
-        return sum(len(block.layers()) for block in self.blocks(res)) + 1
-
-    def noise_size(self, res: int | None = None) -> int:
-        """Return how many random numbers one image of `res` pixels takes, by default one of the full size."""
-        return sum(layer.res**2 for block in self.blocks(res) for layer in block.layers())
 
     def used_at(self, res: int, fading: bool) -> list[nn.Module]:
         """Return the modules that an image of `res` pixels takes."""
@@ -158,40 +134,16 @@ class SynthesisNetwork(nn.Module):
         res: int | None = None,
         alpha: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return img [N, img_channels, res, res] float32, channels_last.
-
-        Args:
-            ws: [N, num_ws, w_dim] float32.
-            noise_mode: random (fresh, or taken from `noise`), const (the buffers noise_const) or none.
-            noise: [N, noise_size(res)] float32 normal, used when noise_mode is random; None draws it here.
-            res: size of the image while the network grows, by default the full one.
-            alpha: [] float32, how far the last level is faded in; None: wholly, unless the network says less.
-        """
-        if alpha is None and self.alpha < 1:
-            alpha = torch.tensor(self.alpha, device=ws.device)
-        if noise_mode not in ("random", "const", "none"):
-            raise ValueError(f"noise_mode {noise_mode!r}: expected random, const or none")
-        if ws.ndim != 3 or ws.shape[1] != self.num_ws:
-            raise ValueError(f"ws of shape {list(ws.shape)}: expected [N, {self.num_ws}, w_dim]")
-        if noise_mode == "random" and noise is None:
-            noise = torch.randn(ws.shape[0], self.noise_size(res), device=ws.device)
+        """Return img [N, img_channels, res, res] float32, channels_last; the arguments are those of Synthesis."""
+        alpha, noises = self.prepared(ws, noise_mode, noise, res, alpha)
         blocks = self.blocks(res)
         styles = self._styles(ws, blocks)
         x: torch.Tensor | None = None
         img: torch.Tensor | None = None
-        first_noise = 0
         for i, block in enumerate(blocks):
-            noises: list[torch.Tensor | None] = []
-            for layer in block.layers():
-                if noise_mode == "random":
-                    assert noise is not None
-                    flat = noise[:, first_noise : first_noise + layer.res**2]
-                    noises.append(flat.view(-1, 1, layer.res, layer.res))
-                    first_noise += layer.res**2
-                else:
-                    noises.append(layer.noise_const[None, None] if noise_mode == "const" else None)
+            own = [next(noises) for _ in block.layers()]
             next_style = styles[i + 1].layers[0].style if i + 1 < len(styles) else None
-            x, img = block(x, img, styles[i], noises, next_style, alpha if block is blocks[-1] else None)
+            x, img = block(x, img, styles[i], own, next_style, alpha if block is blocks[-1] else None)
         assert img is not None
         return img
 
@@ -312,12 +264,8 @@ def _per_channel(modulation: Modulation) -> torch.Tensor:
     return modulation.style[:, :, None, None]
 
 
-class Discriminator(nn.Module):
-    """Maps images to logits, positive for real, through blocks of halving resolution.
-
-    One that grows (Karras et al. 2018, arXiv:1710.10196, section 2) takes images of any of its resolutions; each has a
-    fromRGB of its own.
-    """
+class Discriminator(PyramidDiscriminator):
+    """Maps images to logits, positive for real, through blocks of halving resolution."""
 
     resample_filter: torch.Tensor
 
@@ -340,12 +288,25 @@ class Discriminator(nn.Module):
         Args:
             res, img_channels, channel_base, channel_max, half_levels, half_dtype: as Generator.
             architecture: resnet (residual blocks), skip (fromRGB at every resolution) or orig.
-            grows: take images of lower resolutions too.
-            spectral_norm: divide all weights by their largest singular value (Miyato et al. 2018, arXiv:1802.05957).
+            grows, spectral_norm: as PyramidDiscriminator.
             head: options of the last block and of labels; `conv_clamp` holds for all blocks.
         """
-        super().__init__()
-        self.config: dict[str, Any] = {
+        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
+
+        def make_block(fromrgb: Conv2d | None, r: int) -> DiscriminatorBlock:
+            return DiscriminatorBlock(fromrgb, levels, r, architecture, head.get("conv_clamp"))
+
+        super().__init__(
+            levels,
+            make_block,
+            img_channels=img_channels,
+            architecture=_checked(architecture),
+            grows=grows,
+            spectral_norm=spectral_norm,
+            **head,
+        )
+        since = {"grows": grows, "spectral_norm": spectral_norm}  # files without them stay as they always were
+        self.config = {
             "res": res,
             "img_channels": img_channels,
             "channel_base": channel_base,
@@ -354,94 +315,17 @@ class Discriminator(nn.Module):
             "half_levels": half_levels,
             "half_dtype": half_dtype_name(half_dtype),
             **head_config(head),
+            **{name: True for name, wanted in since.items() if wanted},
         }
-        if grows:  # files without it stay as they always were
-            self.config["grows"] = True
-        levels = Levels(res, channel_base, channel_max, half_levels, half_dtype)
-        conv_clamp, channels = head.get("conv_clamp"), levels.channels
-        self.resolutions, self.grows, self.architecture = levels.resolutions, grows, _checked(architecture)
-
-        def fromrgb(r: int) -> Conv2d | None:
-            if architecture == "skip" or grows or r == res:
-                return Conv2d(img_channels, channels[r], 1, act="lrelu", conv_clamp=conv_clamp)
-            return None
-
-        for r in reversed(levels.resolutions[1:]):
-            self.add_module(f"b{r}", DiscriminatorBlock(fromrgb(r), levels, r, architecture, conv_clamp))
-        lowest = channels[LOWEST_RES]
-        self.mapping = label_mapping(head.get("c_dim", 0), head.get("conditioning", "projection"), lowest)
-        self.b4 = DiscriminatorEpilogue(fromrgb(LOWEST_RES), lowest, **head)
         self.register_buffer("resample_filter", resample_filter(), persistent=False)
-        if spectral_norm:
-            self.config["spectral_norm"] = True
-            add_spectral_norm_(self)
 
-    def forward(
-        self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return logits [N, 1] float32 of img [N, img_channels, res, res] and c [N, c_dim]; `alpha` as in `judge`."""
-        return self.judge(img, c, alpha).logits
+    def downsample(self, img: torch.Tensor) -> torch.Tensor:
+        """Return img [N, C, H, W] at half the size, filtered."""
+        return downsample2d(img, self.resample_filter)
 
-    def judge(self, img: torch.Tensor, c: torch.Tensor | None = None, alpha: torch.Tensor | None = None) -> Judgement:
-        """Return all that the last block says of the images.
-
-        Args:
-            img: [N, img_channels, R, R] float32, R a resolution of this network; the full one unless it grows.
-            c: [N, c_dim] float32.
-            alpha: [] float32, how far the first level that sees the image is faded in, the next seeing it at half the
-                size; None: wholly.
-        """
-        res, full = img.shape[-1], self.resolutions[-1]
-        if img.ndim != 4 or img.shape[2] != res or (res != full and not (self.grows and res in self.resolutions)):
-            raise ValueError(f"img of shape {list(img.shape)}: expected [N, C, {full}, {full}]")
-        img = to_channels_last(img, torch.float32)
-        x: torch.Tensor | None = None
-        for r in reversed([r for r in self.resolutions[1:] if r <= res]):
-            block: DiscriminatorBlock = getattr(self, f"b{r}")
-            x = block(self._enter(r, x, img, block.dtype))
-            fades = alpha is not None and r == res
-            if fades or self.architecture == "skip":
-                img = downsample2d(img, self.resample_filter)
-            if fades:
-                assert alpha is not None
-                x = self._faded(r // 2, x, img, alpha)
-        cmap = None if self.mapping is None else self.mapping(None, c)
-        judgement: Judgement = self.b4(self._enter(LOWEST_RES, x, img, torch.float32), cmap)
-        return judgement
-
-    def used_at(self, res: int, fading: bool) -> list[nn.Module]:
-        """Return the modules that see an image of `res` pixels."""
-        entered = [r for r in self.resolutions if r == res or (r < res and self.architecture == "skip")]
-        entered += [res // 2] if fading and res // 2 not in entered else []
-        blocks = [getattr(self, f"b{r}") for r in self.resolutions if r <= res]
-        modules = [child for block in blocks for name, child in block.named_children() if name != "fromrgb"]
-        modules += [getattr(self, f"b{r}").fromrgb for r in entered]
-        return modules + ([] if self.mapping is None else [self.mapping])
-
-    def at_half(self, img: torch.Tensor) -> torch.Tensor:
-        """Return img [N, C, H, W] without what a level of half its size has not, by the filters of both networks."""
-        return upsample2d(downsample2d(img, self.resample_filter), self.resample_filter)
-
-    def _enter(self, res: int, x: torch.Tensor | None, img: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the input of a level in its type: x, the image's features, or their sum."""
-        if x is not None and self.architecture != "skip":
-            return to_channels_last(x, dtype)
-        features = to_channels_last(self._fromrgb(res, img), dtype)
-        return features if x is None else to_channels_last(x, dtype) + features
-
-    def _faded(self, res: int, x: torch.Tensor, img: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        """Fade x, of the level above, into what the level of `res` pixels would make of the image without it.
-
-        In float32, which rounds neither, so that alpha 0 and 1 are exact.
-        """
-        x = to_channels_last(x, torch.float32)
-        if self.architecture == "skip":
-            return x * alpha  # the image's features are added anyway
-        return self._fromrgb(res, img).lerp(x, alpha)
-
-    def _fromrgb(self, res: int, img: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = getattr(self, f"b{res}").fromrgb(img)  # in float32
-        return features
+    def upsample(self, img: torch.Tensor) -> torch.Tensor:
+        """Return img [N, C, H, W] at twice the size, filtered."""
+        return upsample2d(img, self.resample_filter)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -171,12 +171,14 @@ def _filled_growth(growth: GrowthConfig, res: int) -> GrowthConfig:
 
 
 def _check_schedules(preset: Config, config: Config) -> None:
-    """Refuse options of growing and annealing where nothing grows or anneals.
+    """Refuse options of growing and annealing where nothing grows or anneals, and two half-lives of one average.
 
     Raises:
         UserError: names the option, and what would make use of it.
     """
     start_res = config.growth.start_res or preset.growth.start_res or config.res
+    if config.ema.kimg and config.ema.decay is not None:
+        raise UserError(f"--ema.kimg {config.ema.kimg:g} and --ema.decay {config.ema.decay:g}: give one of them")
     length = preset.anneal.kimg if config.anneal.kimg is None else config.anneal.kimg
     if start_res == config.res:
         for name, value in vars(config.growth).items():

@@ -150,7 +150,19 @@ def check_loss(config: Config) -> None:
         )
     if loss.margin != LossConfig().margin and kind != "ebgan":
         raise UserError(f"--loss.margin {loss.margin:g}: --loss {kind} has none; leave it out, or choose --loss ebgan")
+    if filled(loss.gp_weight) == 0:
+        for name in ("gp_target", "gp_one_sided"):
+            if (value := getattr(loss, name)) != getattr(LossConfig(), name):
+                raise UserError(
+                    f"--loss.{name.replace('_', '-')} {value}: there is no gradient penalty; leave it out, or add "
+                    f"--loss.gp-weight 10"
+                )
     if filled(config.growth.start_res) < config.res:
+        if loss.historical_weight > 0:
+            raise UserError(
+                f"--loss.historical-weight {loss.historical_weight:g}: holds levels that grow to their random first "
+                f"weights; leave it out, or train at once with --growth.start-res {config.res}"
+            )
         if network.kind == "stylegan2" and network.g_architecture != "skip":
             raise UserError(
                 f"--network.g-architecture {network.g_architecture}: only its last level makes an image, so it cannot "

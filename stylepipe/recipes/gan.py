@@ -108,16 +108,13 @@ class GANRecipe:
         g_sees_reals = isinstance(self.objective, PairedObjective) or loss.feature_matching > 0
         phases = [Phase("G/main", "G", filled(loss.n_critic), self.g_main, g_sees_reals, after=self._after_g)]
         if filled(loss.pl_weight) > 0:
-            follow = self._follow_pl_mean
-            # Every pl_interval-th update of G, of which there is one in n_critic steps.
-            interval, critic = loss.pl_interval * filled(loss.n_critic), filled(loss.n_critic)
-            phases.append(
-                Phase("G/path_length", "G", interval, self.g_path_length, lazy=True, every=critic, after=follow)
-            )
+            lazy, follow = loss.pl_interval, self._follow_pl_mean
+            interval = lazy * filled(loss.n_critic)  # in steps, of which one in n_critic updates G
+            phases.append(Phase("G/path_length", "G", interval, self.g_path_length, weight=lazy, after=follow))
         phases.append(Phase("D/main", "D", 1, self.d_main, uses_reals=True, after=self._after_d))
         if not self._penalizes_in_main and (name := "_".join(self._penalties)):
-            interval, after = filled(loss.r1_interval), self._after_penalty
-            phases.append(Phase(f"D/{name}", "D", interval, self.d_penalty, uses_reals=True, lazy=True, after=after))
+            lazy, after = filled(loss.r1_interval), self._after_penalty
+            phases.append(Phase(f"D/{name}", "D", lazy, self.d_penalty, uses_reals=True, weight=lazy, after=after))
         return phases
 
     def _headline(self) -> Mapping[str, str]:
@@ -125,7 +122,7 @@ class GANRecipe:
         shown |= {name: f"Loss/D/{name}" for name in self._penalties}
         if filled(self.loss.gp_weight) > 0:
             shown["gp"] = "Loss/D/gp"
-        if filled(self.loss.pl_weight) > 0 or self.config.network.kind == "stylegan2":
+        if filled(self.loss.pl_weight) > 0:
             shown["pl"] = "Loss/G/path_length"
         return shown | dict(self.augment.headline)
 
@@ -187,7 +184,8 @@ class GANRecipe:
             else:
                 adversarial = self.objective.g(fake.logits)
         record.stat("Loss/G/adversarial", adversarial)
-        record.stat("Logits/fake_sign_G", fake.logits.sign())
+        if self.objective.anchored:
+            record.stat("Logits/fake_sign_G", fake.logits.sign())
         loss, aux = self._with_aux(adversarial, fake.class_logits, latents.c)
         if aux is not None:
             record.stat("Loss/G/aux", aux)

@@ -57,6 +57,7 @@ class Engine:
         self.record = Record(self.device)
         self._rampup = filled(ema.rampup)
         self._used: dict[str, Used] = {}
+        self._stage: Stage | None = None
         self._structure: tuple[int, bool] | None = None
         for arena in self.arenas.values():
             arena.module.train()
@@ -88,7 +89,6 @@ class Engine:
             labels: [batch_size / world_size, c_dim] float32 on the device.
         """
         self._enter(stage)
-        self.recipe.begin(stage)
         arena, optimizer, used = self.arenas[phase.trains], self.optimizers[phase.trains], self._used[phase.trains]
         rounds = len(images) // stage.batch_gpu
         assert rounds * stage.batch_gpu == len(images) == stage.batch_size // self.world_size
@@ -146,10 +146,14 @@ class Engine:
         for name, arena in self.arenas.items():
             for window in arena.frozen:  # a mean gradient from before they were frozen would go on moving them
                 self.optimizers[name].state["exp_avg"][window].zero_()
-        self._structure = None  # the number of steps has changed
+        self._stage = self._structure = None  # the number of steps has changed
 
     def _enter(self, stage: Stage) -> None:
-        """Train what the stage uses, and nothing else."""
+        """Let the recipe follow the stage, and train what it uses, and nothing else; once is enough for a step."""
+        if stage is self._stage:
+            return
+        self._stage = stage
+        self.recipe.begin(stage)
         structure = (stage.resolution, stage.fading)
         if structure == self._structure:
             return

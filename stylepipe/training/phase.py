@@ -80,8 +80,8 @@ def _nothing(averages: Mapping[str, Tensor], stage: Stage) -> None:
 class Phase:
     """One kind of update of one network.
 
-    A lazy phase is a regularizer (Karras et al. 2020, arXiv:1912.04958, appendix B) that runs every k-th step with k
-    times its loss. The engine corrects the optimizer of its network for the extra updates.
+    A lazy regularizer (Karras et al. 2020, arXiv:1912.04958, appendix B) runs at every k-th update of its network with
+    weight k. The engine corrects the optimizer for the extra updates.
 
     Attributes:
         name: as it stands in statistics, `G/main`.
@@ -90,8 +90,7 @@ class Phase:
         loss: yields the terms of the loss on one micro-batch, each a scalar. The engine back-propagates a term
             before it asks for the next, so that only one graph is alive.
         uses_reals: whether `MicroBatch.img` is filled.
-        lazy: whether the interval saves work only, and the loss is to make up for it.
-        every: steps from one run of its network's main phase to the next; a lazy phase's interval is a multiple of it.
+        weight: factor of its loss.
         after: is given the averages that `loss` recorded and the step's stage, when the update is done.
     """
 
@@ -100,14 +99,8 @@ class Phase:
     interval: int
     loss: Callable[[MicroBatch, Record], Iterator[Tensor]]
     uses_reals: bool = False
-    lazy: bool = False
-    every: int = 1
+    weight: int = 1
     after: Callable[[Mapping[str, Tensor], Stage], None] = field(default=_nothing)
-
-    @property
-    def weight(self) -> int:
-        """By how much its loss is multiplied: the updates of its network from one run to the next, of a lazy phase."""
-        return self.interval // self.every if self.lazy else 1
 
 
 @dataclass(frozen=True)

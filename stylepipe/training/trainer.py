@@ -8,8 +8,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -38,6 +39,8 @@ from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROJECT = "stylepipe"
 MAX_WORKERS = 8  # decoding processes per GPU: more than one GPU's training asks for
@@ -142,9 +145,9 @@ class Trainer:
             while not stop:
                 if _data_of(self.stage) != _data_of(self._last):
                     self.say(self._stage_line())
-                    batches = self._batches()
+                    batches = self._saving(self._batches)
                 self._last = self.stage
-                self.engine.step(self._next(batches))
+                self.engine.step(self._saving(partial(next, batches)))
                 self.progress.update(self.engine.images_seen)
                 finished = self.engine.images_seen >= self.total_images
                 stop = interrupt.agreed() or finished
@@ -180,13 +183,13 @@ class Trainer:
         )
         return iter(reader)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch; if the data fails, one process alone saves what it has learnt before it ends.
+    def _saving(self, read: Callable[[], T]) -> T:
+        """Return what is read of the data; if that fails, one process alone saves what it has learnt before it ends.
 
         Of several processes the others know nothing of it and cannot agree to save; they end with the last state.
         """
         try:
-            return next(batches)
+            return read()
         except UserError:
             if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
                 self._save_snapshot()

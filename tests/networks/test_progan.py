@@ -84,18 +84,6 @@ def test_activations_stay_channels_last() -> None:
     assert all(x.is_contiguous(memory_format=torch.channels_last) for pair in outputs for x in pair)
 
 
-def test_labels_change_images_and_logits() -> None:
-    G, D = small_generator(c_dim=3), small_discriminator(c_dim=3)
-    c = torch.eye(3)
-    img = G(torch.randn(1, 8).expand(3, -1), c)
-    assert not torch.allclose(img[0], img[1])
-    logits = D(img[:1].expand(3, -1, -1, -1), c)
-    assert not torch.allclose(logits[0], logits[1])
-    assert small_discriminator(c_dim=3, conditioning="aux").judge(img, c).class_logits.shape == (3, 3)
-    with pytest.raises(ValueError, match="3 labels"):
-        G(torch.randn(3, 8))
-
-
 @pytest.mark.parametrize("half_dtype", [None, torch.bfloat16, "float16"])
 def test_the_config_rebuilds_the_network(half_dtype: str | torch.dtype | None) -> None:
     G = small_generator(half_levels=1, half_dtype=half_dtype, c_dim=2, conv_clamp=256)
@@ -138,9 +126,6 @@ def test_a_fade_begins_and_ends_to_the_bit(res: int, half_levels: int) -> None:
     torch.testing.assert_close(halfway, (before + grown) / 2)
     reduced = img.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
     torch.testing.assert_close(D(img, alpha=torch.tensor(0.0)), D(reduced))
-    assert torch.equal(D(img, alpha=torch.tensor(0.0)), D(F.avg_pool2d(img, 2)))
-    assert torch.equal(D(img, alpha=torch.tensor(1.0)), D(img))
-    assert not torch.allclose(D(img, alpha=torch.tensor(0.5)), D(img))
 
 
 @pytest.mark.parametrize(("res", "fading"), STAGES)
@@ -226,27 +211,8 @@ def derivatives_hold(function, *inputs: torch.Tensor) -> bool:
     return first and torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("alpha", [None, 0.3])
-def test_derivatives_of_the_discriminator_hold(alpha: float | None) -> None:
-    D = in_float64(Discriminator(8, channel_base=16, channel_max=2, img_channels=1))
-    img = torch.randn(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    fade = None if alpha is None else torch.tensor(alpha, dtype=torch.float64)
-    assert derivatives_hold(lambda x: D(x, alpha=fade), img)
-
-
 def test_derivatives_of_the_generator_hold() -> None:
     G = in_float64(Generator(8, z_dim=3, channel_base=16, channel_max=2, img_channels=1))
     z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor(0.3, dtype=torch.float64)
     assert derivatives_hold(lambda z: G(z, alpha=alpha), z)
-
-
-@pytest.mark.parametrize(("res", "fading"), STAGES)
-def test_r1_moves_the_weights_of_the_stage(res: int, fading: bool) -> None:
-    D = small_discriminator()
-    img = torch.randn(4, 3, res, res, requires_grad=True)
-    (grad,) = torch.autograd.grad(D(img, alpha=alpha_of(fading)).sum(), img, create_graph=True)
-    grad.square().sum().backward()
-    weights = {p for p in parameters_of(D.used_at(res, fading)) if p.ndim > 1}
-    assert all(p.grad is not None and p.grad.any() for p in weights)
-    assert all(p.grad is None for p in set(D.parameters()) - parameters_of(D.used_at(res, fading)))

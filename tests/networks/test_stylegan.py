@@ -93,15 +93,7 @@ def test_activations_stay_channels_last() -> None:
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in outputs)
 
 
-def test_labels_change_images_and_logits() -> None:
-    G, D = small_generator(c_dim=3), small_discriminator(c_dim=3)
-    c = torch.eye(3)
-    img = G(torch.randn(1, 8).expand(3, -1), c)
-    assert not torch.allclose(img[0], img[1])
-    logits = D(img[:1].expand(3, -1, -1, -1), c)
-    assert not torch.allclose(logits[0], logits[1])
-    with pytest.raises(ValueError, match="3 labels"):
-        G(torch.randn(3, 8))
+def test_means_of_classes_need_labels() -> None:
     with pytest.raises(UserError, match="class_w_avg: expected a network with labels"):
         small_generator(class_w_avg=True)
 
@@ -132,8 +124,8 @@ def test_truncation_leaves_styles_behind_the_cutoff() -> None:
 @pytest.mark.parametrize("half_levels", [0, 2])
 def test_a_fade_begins_and_ends_to_the_bit(res: int, half_levels: int) -> None:
     half = {"half_levels": half_levels, "half_dtype": "bfloat16"}
-    G, D = trained_generator(**half), small_discriminator(**half)
-    ws, noise, img = G.mapping(torch.randn(4, 8)), torch.randn(4, G.synthesis.noise_size()), torch.randn(4, 3, res, res)
+    G = trained_generator(**half)
+    ws, noise = G.mapping(torch.randn(4, 8)), torch.randn(4, G.synthesis.noise_size())
     before, grown, halfway = (
         G.synthesis(ws, noise=noise, res=res, alpha=torch.tensor(alpha)) for alpha in (0.0, 1.0, 0.5)
     )
@@ -141,9 +133,6 @@ def test_a_fade_begins_and_ends_to_the_bit(res: int, half_levels: int) -> None:
     assert torch.equal(before, lower.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
     assert torch.equal(grown, G.synthesis(ws, noise=noise, res=res))
     torch.testing.assert_close(halfway, (before + grown) / 2)
-    assert torch.equal(D(img, alpha=torch.tensor(0.0)), D(F.avg_pool2d(img, 2)))
-    assert torch.equal(D(img, alpha=torch.tensor(1.0)), D(img))
-    assert not torch.allclose(D(img, alpha=torch.tensor(0.5)), D(img))
 
 
 @pytest.mark.parametrize(("res", "fading"), STAGES)
@@ -324,27 +313,9 @@ def in_float64(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def test_derivatives_of_the_discriminator_hold() -> None:
-    D = in_float64(Discriminator(8, channel_base=16, channel_max=2, img_channels=1))
-    alpha = torch.tensor(0.3, dtype=torch.float64)
-    img = torch.randn(2, 1, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert derivatives_hold(lambda x: D(x, alpha=alpha), img)
-
-
 def test_derivatives_of_the_synthesis_by_styles_hold() -> None:
     """Path length regularization takes them."""
     G = in_float64(trained_generator(8, w_dim=3, channel_base=16, channel_max=2))
     alpha = torch.tensor(0.3, dtype=torch.float64)
     ws = torch.randn(2, G.num_ws, 3, dtype=torch.float64, requires_grad=True)
     assert derivatives_hold(lambda ws: G.synthesis(ws, "const", alpha=alpha), ws)
-
-
-@pytest.mark.parametrize(("res", "fading"), STAGES)
-def test_r1_moves_the_weights_of_the_stage(res: int, fading: bool) -> None:
-    D = small_discriminator()
-    img = torch.randn(4, 3, res, res, requires_grad=True)
-    (grad,) = torch.autograd.grad(D(img, alpha=alpha_of(fading)).sum(), img, create_graph=True)
-    grad.square().sum().backward()
-    used = parameters_of(D.used_at(res, fading))
-    assert all(p.grad is not None and p.grad.any() for p in used if p.ndim > 1)
-    assert all(p.grad is None for p in set(D.parameters()) - used)

@@ -143,7 +143,7 @@ def test_penalties_in_every_step_are_those_of_a_phase_of_their_own() -> None:
             if phase.trains == "D":
                 engine.optimizers["D"].step = lambda *_: None  # type: ignore[method-assign]
                 engine.run_phase(phase, engine.recipe.schedule.at(0), batch.images, batch.labels)
-                found[phase.name] = engine.arenas["D"].grad.clone() / (phase.interval if phase.lazy else 1)
+                found[phase.name] = engine.arenas["D"].grad.clone() / phase.weight
         return found
 
     without, apart, together = gradients(1, 0.0), gradients(2, 1.0), gradients(1, 1.0)
@@ -218,11 +218,63 @@ def test_labels_go_with_plain_networks(kind: str) -> None:
         ("progan", {"growth": GrowthConfig(stable_kimg=5.0)}, "--growth.stable-kimg 5.0: nothing grows"),
         ("progan", {"anneal": AnnealConfig(lr=0.5)}, "--anneal.lr 0.5: .*--anneal.kimg"),
         ("progan", {"growth": GrowthConfig(start_res=4, batch_sizes="4=3")}, "--growth.batch-sizes 4=3: '4=3' found"),
+        (
+            "progan",
+            {"growth": GrowthConfig(start_res=4, batch_sizes="4:8,4:9")},
+            "4 px twice; expected each level once",
+        ),
+        ("progan", {"loss": {"gp_target": 2.0}}, "--loss.gp-target 2.0: there is no gradient penalty"),
+        ("progan", {"ema": EMAConfig(kimg=1.0, decay=0.9)}, "--ema.kimg 1 and --ema.decay 0.9: give one of them"),
+        (
+            "dcgan",
+            {"network": {"norm": "batch", "spectral_norm": True}},
+            "--network.norm batch and --network.spectral-",
+        ),
+        ("progan", {"freeze_d": 1}, "--freeze-d 1: expected networks of kind stylegan2, found progan"),
+        (
+            "progan",
+            {"loss": {"historical_weight": 0.1}, "growth": GrowthConfig(start_res=4)},
+            "--loss.historical-weight 0.1: holds levels that grow to their random first weights",
+        ),
     ],
 )
 def test_what_contradicts_is_refused(kind: str, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolved(kind, **changes)
+
+
+def test_batches_of_levels_are_checked_against_the_processes() -> None:
+    growth = GrowthConfig(start_res=4, batch_sizes="4:8,16:10")
+    with pytest.raises(UserError, match=r"--growth.batch-sizes 4:8,16:10: 10 at 16 px; expected a multiple of the 4 "):
+        resolved("progan", world_size=4, growth=growth)
+
+
+@pytest.mark.parametrize("kind", ["dcgan", "r3gan"])
+def test_a_growing_preset_with_networks_that_do_not_grow_trains_them_at_once(kind: str) -> None:
+    config = resolve(Config(res=16, preset="progan", network=NetworkConfig(kind=kind, channel_base=128)), 1)
+    assert config.growth == GrowthConfig(start_res=16)
+
+
+def test_path_length_counts_the_updates_of_the_generator() -> None:
+    engine = make_engine(resolved("stylegan2", loss={"kind": "wgan", "n_critic": 5, "pl_weight": 2.0}))
+    (phase,) = [phase for phase in engine.recipe.phases if phase.name == "G/path_length"]
+    assert (phase.interval, phase.weight) == (20, 4)
+    assert engine.optimizers["G"].learning_rate == pytest.approx(engine.recipe.config.optim.g_lr * 4 / 5)
+
+
+def test_frozen_layers_are_not_clipped() -> None:
+    engine = make_engine(resolved("stylegan2", loss={"kind": "wgan"}, freeze_d=1))
+    before = {name: p.clone() for name, p in engine.recipe.D.b16.named_parameters()}
+    engine.step(batch_at(0))
+    for name, p in engine.recipe.D.b16.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+def test_annealed_beta2_is_corrected_for_lazy_phases() -> None:
+    anneal = AnnealConfig(kimg=1.0, beta2=0.5)
+    engine = make_engine(resolved("stylegan2", loss={"r1_gamma": 1.0}, anneal=anneal))
+    engine.step(batch_at(0))
+    assert engine.optimizers["D"]._adam.param_groups[0]["betas"][1] == pytest.approx(0.99 ** (16 / 17))
 
 
 def test_one_sided_label_smoothing_is_refused_where_there_are_no_labels() -> None:
