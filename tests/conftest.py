@@ -39,9 +39,6 @@ def pytest_configure() -> None:
     # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads each would only fight
-        torch.set_num_threads(1)
-        torch.set_num_threads = lambda _: None  # trainings within a test would take all cores, for good
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_per_worker() -> None:
+    """Leave the other cores to the other workers, where a training within an earlier test has taken all for good."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
