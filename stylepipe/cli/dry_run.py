@@ -15,8 +15,8 @@ from stylepipe.training.engine import Engine
 from stylepipe.training.estimate import estimate, flops_per_image, format_duration
 from stylepipe.training.growth import Stage
 from stylepipe.training.memory import GIB, free_memory
+from stylepipe.training.settings import config_mapping
 from stylepipe.training.timing import amortised, random_batch, time_phases
-from stylepipe.training.trainer import config_mapping
 
 _FEW = 4  # images, to count operations on: they are as many for each
 _CPU_SAMPLE_RES = 128  # on a CPU the speed is measured on networks of this resolution: seconds instead of minutes

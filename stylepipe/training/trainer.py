@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
@@ -24,18 +21,17 @@ from stylepipe.datasets.reader import Batch, Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
-from stylepipe.images import grid_shape, make_grid, save_image
-from stylepipe.interop.network_file import save_network
-from stylepipe.training.checkpoint import State, check_fits, clear_remains, kimg_name, prune_states, save_state
+from stylepipe.training.checkpoint import State, check_fits, clear_remains
 from stylepipe.training.distributed import local_processes, on_main_process, sum_
 from stylepipe.training.engine import Engine
-from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.launched import launcher_process
 from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import Progress, RunLog
+from stylepipe.training.settings import changes_since, check_growth, config_mapping
+from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -44,7 +40,6 @@ T = TypeVar("T")
 
 PROJECT = "stylepipe"
 MAX_WORKERS = 8  # decoding processes per GPU: more than one GPU's training asks for
-_NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
 
 
 class Trainer:
@@ -88,13 +83,13 @@ class Trainer:
             world_size=accelerator.num_processes,
         )
         resumed, run_id = None, None
-        self.origin = dict(origin or {})
+        origin = dict(origin or {})
         if state is not None:
             check_fits(state, self.engine.layout())
-            _check_growth(state, config)
+            check_growth(state, config)
             self.engine.load_state(state.tensors, state.images_seen)
             resumed = state.images_seen
-            self.origin = state.info.get("origin", {})
+            origin = state.info.get("origin", {})
             if state.path.resolve().parent == out.resolve():  # a branch of a run is a run of its own
                 run_id = state.info.get("tracker_run_id")
             if state.info.get("order_version") != ORDER_VERSION:
@@ -107,10 +102,7 @@ class Trainer:
         self.sec_per_kimg: float | None = None
         self._seconds = 0.0
         settings = config_mapping(config)
-        self._changes = [] if state is None else changed_settings(state.info.get("config", {}), settings)
-        if state is not None and config.augment == "ada" == state.info.get("config", {}).get("augment"):
-            # The state's p goes on: the option says where a training begins.
-            self._changes = [line for line in self._changes if " aug.p " not in line]
+        self._changes = [] if state is None else changes_since(state, config)
         if self.is_main:
             with atomic_path(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -125,6 +117,7 @@ class Trainer:
             run_id=run_id,
             images_seen=self.engine.images_seen,
         )
+        self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
     def run(self) -> Interrupt:
@@ -137,8 +130,8 @@ class Trainer:
             self.say(line)
         with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
             if self.engine.images_seen == 0:
-                self._on_main(self._save_real_grid)
-                self._on_main(self._save_grid)
+                self._on_main(self.snapshots.real_grid)
+                self._on_main(partial(self.snapshots.grid, self._last))
             batches = self._batches()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             stop = self.engine.images_seen >= self.total_images
@@ -192,7 +185,7 @@ class Trainer:
             return read()
         except UserError:
             if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
-                self._save_snapshot()
+                self.snapshots.snapshot(self._last)
             raise
 
     def _keep_up(self, stop: bool, finished: bool) -> None:
@@ -203,7 +196,7 @@ class Trainer:
             return
         failed = self._tick()
         if grid:
-            self._on_main(self._save_grid)
+            self._on_main(partial(self.snapshots.grid, self._last))
         if failed:
             # Nothing is saved: the newest state stays one from before, and no healthy one is pruned for it.
             raise UserError(
@@ -212,7 +205,7 @@ class Trainer:
                 f"or stronger regularization"
             )
         if snapshot:
-            self._on_main(self._save_snapshot)
+            self._on_main(partial(self.snapshots.snapshot, self._last))
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
     def _due(self, kimg: float) -> bool:
@@ -258,54 +251,6 @@ class Trainer:
     def _on_main(self, save: Callable[[], None]) -> None:
         """Save on the main process; if that fails, all processes end together."""
         on_main_process(self.accelerator, save)
-
-    def _save_real_grid(self) -> None:
-        columns, rows = grid_shape(self.config.res)
-        classes = self.recipe.classes_of_rows(rows)
-        grid = make_grid(real_images(self.dataset, columns, rows, classes), columns)
-        if classes:
-            names = [filled(self.dataset.manifest.classes)[number] for number in dict.fromkeys(classes)]
-            self.say(f"rows of the grids, from the top: {', '.join(names)}")
-        save_image(self.out / "grids" / "real.png", grid)
-        self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
-
-    def _save_grid(self) -> None:
-        columns, rows = grid_shape(self.config.res)
-        images = self.recipe.sample(columns, rows, self._last).numpy()
-        grid = make_grid(images, columns)
-        path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
-        save_image(path, grid)
-        self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
-        self.say(f"grid: {path}")
-
-    def _save_snapshot(self) -> None:
-        """Save network and state; the state last, so that one that exists has its network beside it."""
-        seen = self.engine.images_seen
-        network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
-        metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
-        if self.config.cond:  # names by number, or null where labels are vectors
-            metadata["classes"] = json.dumps(self.dataset.manifest.classes)
-        info = {
-            "tracker_run_id": self.tracker.run_id,
-            "order_version": ORDER_VERSION,
-            "config": config_mapping(self.config),
-            "origin": self.origin,
-        }
-        network, beside = self.recipe.export(self._last)
-        if not self.config.snapshot_with_d:
-            beside = {}
-        try:
-            save_network(network_path, network, beside=beside, metadata=self.origin | metadata)
-            path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), info)
-            prune_states(self.out, self.config.keep_states)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
-                f"there; make room, then start the same command with this --out to go on from the newest"
-            ) from error
-        if self.config.tracker_artifacts:
-            self.tracker.log_artifact(network_path)
-        self.say(f"saved: {path}, {network_path.name}")
 
     def _workers(self) -> int:
         """Return how many processes decode: none on a CPU, which they would take from the training."""
@@ -371,11 +316,6 @@ class Trainer:
             self.progress.say(line)
 
 
-def config_mapping(config: Config) -> dict[str, Any]:
-    """Return the settings that make the run, as they stand in config.yaml."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
-
-
 def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
     wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
@@ -385,37 +325,6 @@ def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
 def _data_of(stage: Stage) -> tuple[int, int]:
     """Return what of a stage the data is opened for."""
     return stage.resolution, stage.batch_size
-
-
-def _check_growth(state: State, config: Config) -> None:
-    """See that a state of a growing training goes on under the schedule that it was saved under.
-
-    Raises:
-        UserError: batch or growth is another one, so that its steps would not meet the beginnings of levels.
-    """
-    now = config_mapping(config)
-    before = state.info.get("config", {})
-    grew = before.get("growth", {}).get("start_res", before.get("res")) != before.get("res")
-    if now["growth"]["start_res"] == now["res"] and not grew:
-        return
-    changed = changed_settings(before, {key: now[key] for key in ("growth", "batch_size")})
-    if changed:
-        what = changed[0].rpartition(": ")[2]
-        raise UserError(
-            f"{state.path}: a growing training goes on as it was, and {what} has changed; take the settings of that "
-            f"run (its config.yaml, with --config), or start anew in another --out"
-        )
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """Return a line for each setting in which a run that goes on differs from the one that saved the state."""
-    lines = []
-    for key, value in now.items():
-        if isinstance(value, Mapping):
-            lines += changed_settings(before.get(key, {}), value, f"{path}{key}.")
-        elif key in before and before[key] != value:
-            lines.append(f"changed since the state was saved: {path}{key} {before[key]} -> {value}")
-    return lines
 
 
 def tick_line(stats: Mapping[str, float], headline: Mapping[str, float | None]) -> str:

@@ -1,0 +1,59 @@
+"""The settings of a run, as its files hold them, and what becomes of a run that goes on with others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from stylepipe.config import Config
+from stylepipe.errors import UserError
+from stylepipe.training.checkpoint import State
+
+_NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
+
+
+def config_mapping(config: Config) -> dict[str, Any]:
+    """Return the settings that make the run, as they stand in config.yaml."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
+
+
+def changes_since(state: State, config: Config) -> list[str]:
+    """Return a line for each setting that is not the one that a state was saved with."""
+    before = state.info.get("config", {})
+    lines = changed_settings(before, config_mapping(config))
+    if config.augment == "ada" == before.get("augment"):
+        # The state's p goes on: the option says where a training begins.
+        lines = [line for line in lines if " aug.p " not in line]
+    return lines
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Return a line for each setting in which a run that goes on differs from the one that saved the state."""
+    lines = []
+    for key, value in now.items():
+        if isinstance(value, Mapping):
+            lines += changed_settings(before.get(key, {}), value, f"{path}{key}.")
+        elif key in before and before[key] != value:
+            lines.append(f"changed since the state was saved: {path}{key} {before[key]} -> {value}")
+    return lines
+
+
+def check_growth(state: State, config: Config) -> None:
+    """See that a state of a growing training goes on under the schedule that it was saved under.
+
+    Raises:
+        UserError: batch or growth is another one, so that its steps would not meet the beginnings of levels.
+    """
+    now = config_mapping(config)
+    before = state.info.get("config", {})
+    grew = before.get("growth", {}).get("start_res", before.get("res")) != before.get("res")
+    if now["growth"]["start_res"] == now["res"] and not grew:
+        return
+    changed = changed_settings(before, {key: now[key] for key in ("growth", "batch_size")})
+    if changed:
+        what = changed[0].rpartition(": ")[2]
+        raise UserError(
+            f"{state.path}: a growing training goes on as it was, and {what} has changed; take the settings of that "
+            f"run (its config.yaml, with --config), or start anew in another --out"
+        )

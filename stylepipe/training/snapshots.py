@@ -1,0 +1,105 @@
+"""What a run leaves of its networks: grids of images, network files to use and states to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from stylepipe.config import Config, filled
+from stylepipe.datasets.order import ORDER_VERSION
+from stylepipe.datasets.shards import ShardDataset
+from stylepipe.errors import UserError
+from stylepipe.images import grid_shape, make_grid, save_image
+from stylepipe.interop.network_file import save_network
+from stylepipe.training.checkpoint import kimg_name, prune_states, save_state
+from stylepipe.training.engine import Engine
+from stylepipe.training.grids import real_images
+from stylepipe.training.growth import Stage
+from stylepipe.training.settings import config_mapping
+from stylepipe.training.tracker import Tracker
+
+
+class Snapshots:
+    """Saves grids, networks and states of a run, on the main process.
+
+    Args:
+        config: resolved settings.
+        engine: what is trained.
+        dataset: of the run's resolution.
+        out: folder of the run.
+        tracker: where pictures go as well.
+        say: tells the user of each file.
+        origin: what network files shall say of where the run comes from, such as `derived_from`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        dataset: ShardDataset,
+        out: Path,
+        tracker: Tracker,
+        say: Callable[[str], None],
+        origin: Mapping[str, str],
+    ) -> None:
+        self.config, self.engine, self.dataset, self.out = config, engine, dataset, out
+        self.tracker, self.say, self.origin = tracker, say, origin
+
+    def real_grid(self) -> None:
+        """Save the data's images that every grid of the run is to be compared with."""
+        columns, rows = grid_shape(self.config.res)
+        classes = self.engine.recipe.classes_of_rows(rows)
+        grid = make_grid(real_images(self.dataset, columns, rows, classes), columns)
+        if classes:
+            names = [filled(self.dataset.manifest.classes)[number] for number in dict.fromkeys(classes)]
+            self.say(f"rows of the grids, from the top: {', '.join(names)}")
+        save_image(self.out / "grids" / "real.png", grid)
+        self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
+
+    def grid(self, stage: Stage) -> None:
+        """Save generated images at fixed latents."""
+        columns, rows = grid_shape(self.config.res)
+        grid = make_grid(self.engine.recipe.sample(columns, rows, stage).numpy(), columns)
+        path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
+        save_image(path, grid)
+        self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
+        self.say(f"grid: {path}")
+
+    def snapshot(self, stage: Stage) -> None:
+        """Save network and state; the state last, so that one that exists has its network beside it.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full.
+        """
+        seen = self.engine.images_seen
+        network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
+        metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
+        if self.config.cond:  # names by number, or null where labels are vectors
+            metadata["classes"] = json.dumps(self.dataset.manifest.classes)
+        network, beside = self.engine.recipe.export(stage)
+        if not self.config.snapshot_with_d:
+            beside = {}
+        try:
+            save_network(network_path, network, beside=beside, metadata={**self.origin, **metadata})
+            path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), self._info())
+            prune_states(self.out, self.config.keep_states)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
+                f"there; make room, then start the same command with this --out to go on from the newest"
+            ) from error
+        if self.config.tracker_artifacts:
+            self.tracker.log_artifact(network_path)
+        self.say(f"saved: {path}, {network_path.name}")
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "tracker_run_id": self.tracker.run_id,
+            "order_version": ORDER_VERSION,
+            "config": config_mapping(self.config),
+            "origin": self.origin,
+        }
