@@ -26,6 +26,7 @@ NetworkKind = Literal["stylegan2", "stylegan", "progan", "r3gan", "dcgan"]
 LossKind = Literal["minimax", "non-saturating", "wgan", "wgan-gp", "lsgan", "hinge", "relativistic", "ebgan"]
 LastLayer = Literal["linear", "normalized"]
 Norm = Literal["batch", "virtual", "none"]
+OnDivergence = Literal["stop", "rollback"]
 AugmentMode = Literal["none", "ada", "fixed", "schedule", "diff"]
 AugmentPipe = Literal["blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
 
@@ -286,6 +287,13 @@ class Config:
     """Save grids/<kimg>.png, images at fixed latents, this often."""
     tick_kimg: float = 1
     """Log this often."""
+    diversity_kimg: float = 1
+    """Measure this often how much generated images differ, and raise an alarm when they become alike."""
+    on_divergence: OnDivergence = "stop"
+    """When gradients stay inf or NaN: stop, or roll back to the last healthy state and go on with the weights of R1, R2
+    and gradient penalty doubled."""
+    divergence_updates: int = 20
+    """How many updates of a network, one after the other, must have been skipped for inf or NaN gradients."""
     precision: Precision = "auto"
     """Activations of the highest resolutions; auto is bf16 on GPUs that have it, else float32."""
     workers: int | None = None
@@ -368,6 +376,7 @@ def validate(config: Config) -> None:
         "--snapshot-kimg": (config.snapshot_kimg, MAX_KIMG),
         "--grid-kimg": (config.grid_kimg, MAX_KIMG),
         "--tick-kimg": (config.tick_kimg, MAX_KIMG),
+        "--diversity-kimg": (config.diversity_kimg, MAX_KIMG),
         "--batch-size": (config.batch_size, 2**20),
         "--network.z-dim": (config.network.z_dim, 2**16),
         "--network.w-dim": (config.network.w_dim, 2**16),
@@ -385,6 +394,8 @@ def validate(config: Config) -> None:
         "--snapshot-kimg": config.snapshot_kimg,
         "--grid-kimg": config.grid_kimg,
         "--tick-kimg": config.tick_kimg,
+        "--diversity-kimg": config.diversity_kimg,
+        "--divergence-updates": config.divergence_updates,
         "--network.z-dim": config.network.z_dim,
         "--network.w-dim": config.network.w_dim,
         "--network.channel-max": config.network.channel_max,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """The repository's root."""
 
 # For foreign_checkpoints, which makes the files that three folders' tests read, and watchdog, which two folders' tests
-# keep; pytest's importlib mode leaves them out.
+# keep, and poisoned_train; pytest's importlib mode leaves them out.
 sys.path += [str(ROOT / "tests" / "interop"), str(ROOT / "tests" / "training")]
 
 os.environ["WANDB_MODE"] = "offline"  # no test reaches a server, whoever is logged in on this machine

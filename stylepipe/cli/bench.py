@@ -115,8 +115,9 @@ def bench_step(step: Step, accelerator: Accelerator) -> dict[str, Any]:
     batch_size = filled(config.batch_size)
     engine = Engine(GANRecipe(config, accelerator.device), optim=config.optim, ema=config.ema)
     phases = len(engine.recipe.phases)
+    images, labels = random_batch(engine, engine.recipe.schedule.final(), c_dim=0)
     with tqdm(total=(step.repeats + 1) * phases, unit="phase", disable=not sys.stderr.isatty()) as bar:
-        seconds = time_phases(engine, *random_batch(engine, config.res, 0), step.repeats, bar.update)
+        seconds = time_phases(engine, images, labels, step.repeats, bar.update)
     for name, median in seconds.items():
         print(f"{name:<14} {median:8.4f} s")
     return {

@@ -12,7 +12,7 @@ from stylepipe.config import Config, filled, largest_divisor
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.gan import trial
 from stylepipe.training.engine import Engine
-from stylepipe.training.estimate import estimate, flops_per_image, format_duration
+from stylepipe.training.estimate import estimate, flops_per_image, format_duration, peak_memory
 from stylepipe.training.growth import Stage
 from stylepipe.training.memory import GIB, free_memory
 from stylepipe.training.settings import config_mapping
@@ -29,11 +29,11 @@ def dry_run(config: Config, c_dim: int, device: torch.device, world_size: int) -
     print(yaml.safe_dump(config_mapping(config), sort_keys=False))
 
     recipe = trial(config, c_dim, torch.device("meta"), config.batch_gpu)
-    cost = estimate(recipe, c_dim, config.batch_gpu)
+    memory_bytes = peak_memory(recipe, c_dim, schedule_of(config, world_size).stages())
     for name, network in recipe.networks.items():
         print(parameter_table(name, network))
     print(
-        f"memory   about {cost.memory_bytes / GIB:.1f} GiB per device "
+        f"memory   about {memory_bytes / GIB:.1f} GiB per device "
         f"({free_memory(device) / GIB:.1f} GiB free on this {device.type})"
     )
     parts = _work(config, c_dim, world_size)
@@ -83,6 +83,9 @@ def _measured_flops(config: Config, c_dim: int, device: torch.device) -> float:
     config = replace(config, res=res, growth=growth)
     recipe = trial(config, c_dim, device, batch_gpu)
     engine = Engine(recipe, optim=config.optim, ema=config.ema)
-    seconds = amortised(engine, time_phases(engine, *random_batch(engine, res, c_dim), repeats=1)) / batch_gpu
+    seconds = (
+        amortised(engine, time_phases(engine, *random_batch(engine, recipe.schedule.final(), c_dim), repeats=1))
+        / batch_gpu
+    )
     cost = estimate(trial(config, c_dim, torch.device("meta"), batch_gpu), c_dim, batch_gpu)
     return flops_per_image(recipe, cost, batch_gpu) / seconds

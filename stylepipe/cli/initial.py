@@ -49,7 +49,8 @@ def settings_of(path: str) -> dict[str, Any]:
         network["conv_clamp"] = header.config["conv_clamp"]
     if (D := header.beside.get("D")) is not None:
         network |= {option: D.config[key] for key, option in _D_WEIGHTS.items()}
-        network["mbstd_group_size"] = D.config["mbstd_group_size"]
+        if D.config["mbstd_channels"] > 0:
+            network["mbstd_group_size"] = D.config["mbstd_group_size"]
     return {"res": header.config["res"], "network": network}
 
 

@@ -28,6 +28,7 @@ from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, op
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
+from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
 from stylepipe.training.allocator import keep_freed_memory
@@ -40,6 +41,7 @@ from stylepipe.training.distributed import (
     use_all_cores,
 )
 from stylepipe.training.estimate import estimate, format_duration
+from stylepipe.training.growth import Stage
 from stylepipe.training.launched import check_launch
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
@@ -266,7 +268,11 @@ def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Co
     """Set the micro-batch to the largest that fits the memory of every process."""
     per_process = filled(config.batch_size) // accelerator.num_processes
     build = partial(trial, config, c_dim)
-    return with_batch_gpu(config, largest_batch_gpu(build, config, c_dim, per_process, accelerator.device))
+
+    def stages(batch_gpu: int) -> Sequence[Stage]:
+        return schedule_of(with_batch_gpu(config, batch_gpu), accelerator.num_processes).stages()
+
+    return with_batch_gpu(config, largest_batch_gpu(build, stages, config, c_dim, per_process, accelerator.device))
 
 
 def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, accelerator: Accelerator) -> GANRecipe:

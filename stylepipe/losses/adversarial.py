@@ -1,6 +1,7 @@
 """What the two networks play for: pure functions of logits, one value per image.
 
-A logit is D's last output, positive for an image that looks real. `objective` gives the losses that belong together.
+A logit is D's last output, positive for an image that looks real. `objective` gives the losses that belong together,
+and what D's loss tells about how far apart real and generated images are.
 
 l, l_r, l_f: logits; logits of real images; logits of generated images.
 """
@@ -11,6 +12,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import log
 
 from torch import Tensor
 from torch.nn.functional import log_softmax, relu, softplus
@@ -19,6 +21,18 @@ from stylepipe.errors import UserError
 
 OBJECTIVES = ("minimax", "non-saturating", "wgan", "wgan-gp", "lsgan", "hinge", "relativistic", "ebgan")
 _SMOOTHABLE = ("minimax", "non-saturating", "lsgan")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far p, the distribution of real images, is from q, that of generated ones, as D's loss tells.
+
+    `estimate` maps (real_logits, fake_logits), both [N, 1] float32, to [N, 1] float32. Its expectation is the
+    divergence for the best D and less for any other, so that what is logged is a lower bound, as good as D is.
+    """
+
+    name: str
+    estimate: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class Objective:
     """D's loss on logits of generated images."""
     g: Callable[[Tensor], Tensor]
     """G's loss on logits of generated images."""
+    divergence: Divergence
+    """What D's loss bounds."""
     anchored: bool = True
     """0 separates real from generated, so that sign(D(x)) means something by itself."""
 
@@ -43,6 +59,8 @@ class PairedObjective:
     """D's loss."""
     g: Callable[[Tensor, Tensor], Tensor]
     """G's loss."""
+    divergence: Divergence
+    """What D's loss bounds."""
     anchored: bool = False
     """Whether sign(D(x)) means something by itself. Here only differences do."""
 
@@ -80,22 +98,28 @@ def objective(name: str, *, real_label: float = 1.0, margin: float = 10.0) -> Ob
     match name:
         case "minimax" | "non-saturating":
             d_real = logistic_d_real if real_label == 1 else partial(smoothed_d_real, real_label=real_label)
-            return Objective(d_real, logistic_d_fake, minimax_g if name == "minimax" else non_saturating_g)
+            g = minimax_g if name == "minimax" else non_saturating_g
+            return Objective(d_real, logistic_d_fake, g, Divergence("jensen_shannon", jensen_shannon))
         case "wgan" | "wgan-gp":
-            return Objective(wasserstein_real, wasserstein_fake, wasserstein_real, anchored=False)
+            critic = Divergence("wasserstein", wasserstein)
+            return Objective(wasserstein_real, wasserstein_fake, wasserstein_real, critic, anchored=False)
         case "lsgan":
             real = partial(least_squares, target=2 * real_label - 1)
-            return Objective(real, partial(least_squares, target=-1.0), real)
+            fake = partial(least_squares, target=-1.0)
+            return Objective(real, fake, real, Divergence("triangular", triangular))
         case "hinge":
-            return Objective(hinge_d_real, hinge_d_fake, wasserstein_real)
+            return Objective(
+                hinge_d_real, hinge_d_fake, wasserstein_real, Divergence("total_variation", hinge_variation)
+            )
         case "relativistic":
-            return PairedObjective(relativistic_d, relativistic_g)
+            return PairedObjective(relativistic_d, relativistic_g, Divergence("relativistic", relativistic))
         case _:
             if not 0 < margin < float("inf"):
                 raise UserError(f"--loss.margin {margin}: expected a positive number; try 10")
             # Not anchored: energies lie between 0 and the margin, and an undecided D may give any of them. A logit of
             # 0 is the energy ln 2, next to the end for real images, not the middle.
-            return Objective(energy, partial(energy_d_fake, margin=margin), energy, anchored=False)
+            d_fake, variation = partial(energy_d_fake, margin=margin), partial(energy_variation, margin=margin)
+            return Objective(energy, d_fake, energy, Divergence("total_variation", variation), anchored=False)
 
 
 # The logistic game: D maximizes log sigmoid(l_r) + log(1 - sigmoid(l_f)) (Goodfellow et al. 2014, arXiv:1406.2661,
@@ -147,6 +171,14 @@ def smoothed_d_real(real_logits: Tensor, real_label: float) -> Tensor:
     return real_label * softplus(-real_logits) + (1 - real_label) * softplus(real_logits)
 
 
+def jensen_shannon(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return an estimate of JS(p, q), from 0 to log 2: D's value is at most 2 JS - log 4 (Theorem 1); [N, 1] float32.
+
+    Of unsmoothed labels, whichever D was trained with.
+    """
+    return log(2) - (logistic_d_real(real_logits) + logistic_d_fake(fake_logits)) / 2
+
+
 # The Wasserstein-1 distance: D maximizes l_r - l_f among Lipschitz functions (Arjovsky et al. 2017, arXiv:1701.07875,
 # Eq. 2). A constant added to D changes nothing, so that 0 is no boundary.
 
@@ -159,6 +191,11 @@ def wasserstein_real(logits: Tensor) -> Tensor:
 def wasserstein_fake(fake_logits: Tensor) -> Tensor:
     """Return D(G(z)), the critic's loss on generated images; [N, 1] float32."""
     return fake_logits
+
+
+def wasserstein(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return D(x) - D(G(z)): in expectation at most K times the distance, for a D of Lipschitz constant K; [N, 1]."""
+    return real_logits - fake_logits
 
 
 def least_squares(logits: Tensor, target: float) -> Tensor:
@@ -178,6 +215,15 @@ def least_squares(logits: Tensor, target: float) -> Tensor:
     return (logits - target).square() / 2
 
 
+def triangular(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return an estimate of the triangular discrimination, the integral of (p - q)^2 / (p + q), from 0 to 2; [N, 1].
+
+    At the best D, (p - q) / (p + q), D's loss is 1 less half of it. (It is the Pearson divergence of Mao et al.'s
+    Eq. 8, written without the mixture.)
+    """
+    return 2 - 2 * (least_squares(real_logits, 1.0) + least_squares(fake_logits, -1.0))
+
+
 # The hinge game (Lim and Ye 2017, arXiv:1705.02894; Miyato et al. 2018, arXiv:1802.05957, Eq. 16 and 17): D ignores
 # images beyond a margin of 1 on their right side of 0. G minimizes -D(G(z)), `wasserstein_real`.
 
@@ -192,6 +238,14 @@ def hinge_d_fake(fake_logits: Tensor) -> Tensor:
     return relu(1 + fake_logits)
 
 
+def hinge_variation(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return an estimate of the total variation, half the integral of |p - q|, from 0 to 1; [N, 1] float32.
+
+    At the best D, sign(p - q), D's loss is twice the integral of min(p, q) (Lim and Ye 2017, arXiv:1705.02894).
+    """
+    return 1 - (hinge_d_real(real_logits) + hinge_d_fake(fake_logits)) / 2
+
+
 # The relativistic pairing game, RpGAN (Jolicoeur-Martineau 2018, arXiv:1807.00734; Huang et al. 2024,
 # arXiv:2501.05441, Eq. 2, non-saturating): is this real image more real than this generated one?
 
@@ -204,6 +258,14 @@ def relativistic_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def relativistic_g(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return -log sigmoid(D(G(z)) - D(x)), the generator's loss on pairs; [N, 1] float32."""
     return softplus(real_logits - fake_logits)
+
+
+def relativistic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return an estimate of the paired relativistic divergence, from 0 to 2 log 2; [N, 1] float32.
+
+    Jolicoeur-Martineau 2019, arXiv:1901.02474: sup_D 2 E[f(D(x) - D(G(z)))] with f(t) = log sigmoid(t) + log 2.
+    """
+    return 2 * (log(2) - relativistic_d(real_logits, fake_logits))
 
 
 # The energy game, EBGAN (Zhao et al. 2016, arXiv:1609.03126, Eq. 1 and 2).
@@ -221,6 +283,15 @@ def energy(logits: Tensor) -> Tensor:
 def energy_d_fake(fake_logits: Tensor, margin: float) -> Tensor:
     """Return max(0, margin - E(G(z))), the discriminator's loss on generated images; [N, 1] float32."""
     return relu(margin - energy(fake_logits))
+
+
+def energy_variation(real_logits: Tensor, fake_logits: Tensor, margin: float) -> Tensor:
+    """Return an estimate of the total variation, from 0 to 1; [N, 1] float32.
+
+    At the best D, whose energy is 0 where p > q and the margin elsewhere, D's loss is the margin times the integral of
+    min(p, q) (Zhao et al. 2016, Lemma 1).
+    """
+    return 1 - (energy(real_logits) + energy_d_fake(fake_logits, margin)) / margin
 
 
 # SAN (Takida et al. 2023, arXiv:2301.12811): with a last layer of unit norm, D(x) = <w, h(x)>. The losses above train

@@ -31,6 +31,7 @@ from stylepipe.presets.defaults import (
     auto_gamma,
     check_loss,
     check_network,
+    check_used,
     loss_defaults,
     used_by,
     without_regularizers,
@@ -89,8 +90,9 @@ def resolve(config: Config, world_size: int, batch_gpu_limit: int | None = None)
     augment = config.augment or defaults.augment or "none"
     check_augment(config.aug, augment)
     preset = replace(defaults, preset=name, aug=defaults.aug if augment == defaults.augment else AugmentConfig())
-    config = with_augment(_with_parts(preset, config), augment)
+    asked, config = config, with_augment(_with_parts(preset, config), augment)
     validate(config)
+    check_used(asked, preset, config)
     check_loss(config)
 
     for res, size in by_level("--growth.batch-sizes", config.growth.batch_sizes, whole=True).items():

@@ -110,6 +110,44 @@ def check_network(config: Config, kind: NetworkKind) -> None:
         )
 
 
+def check_used(asked: Config, preset: Config, config: Config) -> None:
+    """Refuse options that the settings as a whole leave without effect: nobody shall train on without noticing.
+
+    Args:
+        asked: what the user says. What the preset says as well is not refused: a file of resolved settings has it all.
+        preset: before anything that the user says.
+        config: resolved.
+
+    Raises:
+        UserError: names the option, and what would make use of it.
+    """
+    loss, kind = config.loss, config.loss.kind
+    no_r = filled(loss.r1_gamma) == 0 and filled(loss.r2_gamma) == 0
+    unused = {
+        "loss.margin": (kind != "ebgan", f"--loss {kind} has none", "choose --loss ebgan"),
+        "loss.gp_target": (loss.gp_weight == 0, "there is no gradient penalty", "add --loss.gp-weight 10"),
+        "loss.gp_one_sided": (loss.gp_weight == 0, "there is no gradient penalty", "add --loss.gp-weight 10"),
+        "loss.r1_interval": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma"),
+        "anneal.gamma": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma"),
+        "loss.pl_interval": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
+        "loss.pl_decay": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
+        "loss.pl_batch_shrink": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
+        "network.mbstd_group_size": (
+            config.network.mbstd_channels == 0,
+            "minibatch stddev is off",
+            "add --network.mbstd-channels 1",
+        ),
+    }
+    for option, (without_effect, reason, remedy) in unused.items():
+        section, name = option.split(".")
+        value, default = getattr(getattr(asked, section), name), getattr(getattr(preset, section), name)
+        if default is None and option == "loss.r1_interval":
+            default = _OFF.r1_interval
+        if without_effect and value is not None and value != default:
+            text = f"{value:g}" if isinstance(value, float) else value
+            raise UserError(f"--{option.replace('_', '-')} {text}: {reason}; leave it out, or {remedy}")
+
+
 def check_loss(config: Config) -> None:
     """Refuse losses and remedies that contradict each other, of resolved settings.
 
@@ -124,6 +162,11 @@ def check_loss(config: Config) -> None:
         raise UserError(
             f"--loss {kind}: nothing bounds the critic, so that its loss has no minimum; leave --loss.weight-clip and "
             f"--loss.gp-weight to their defaults, or add --network.spectral-norm"
+        )
+    if config.on_divergence == "rollback" and not any(filled(weight) > 0 for weight in penalized.values()):
+        raise UserError(
+            "--on-divergence rollback: it raises the weights of R1, R2 and gradient penalty, and there are none; add "
+            "--loss.r1-gamma, or choose stop"
         )
     if network.norm == "batch" and network.spectral_norm:
         raise UserError(
@@ -148,15 +191,6 @@ def check_loss(config: Config) -> None:
             "--network.spectral-norm: r3gan's residual branches start from weights of 0, which have no norm to divide "
             "by; leave it out, or choose another --network.kind"
         )
-    if loss.margin != LossConfig().margin and kind != "ebgan":
-        raise UserError(f"--loss.margin {loss.margin:g}: --loss {kind} has none; leave it out, or choose --loss ebgan")
-    if filled(loss.gp_weight) == 0:
-        for name in ("gp_target", "gp_one_sided"):
-            if (value := getattr(loss, name)) != getattr(LossConfig(), name):
-                raise UserError(
-                    f"--loss.{name.replace('_', '-')} {value}: there is no gradient penalty; leave it out, or add "
-                    f"--loss.gp-weight 10"
-                )
     if filled(config.growth.start_res) < config.res:
         if loss.historical_weight > 0:
             raise UserError(

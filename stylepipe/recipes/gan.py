@@ -24,13 +24,12 @@ from stylepipe.losses.adversarial import (
 from stylepipe.losses.regularizers import drift, gradient_penalty, path_lengths, r1_penalty, r2_penalty
 from stylepipe.networks.head import Judgement
 from stylepipe.networks.norms import batch_norms
-from stylepipe.networks.spectral import spectral_norms
 from stylepipe.presets.defaults import STYLED
 from stylepipe.recipes.augmentation import Augmentation
 from stylepipe.recipes.build import alone, build_networks, schedule_of
 from stylepipe.recipes.conditioning import Labels, LabelSource
 from stylepipe.recipes.growing import grown_so_far
-from stylepipe.recipes.remedies import HistoricalAverages, WeightClip
+from stylepipe.recipes.remedies import HistoricalAverages, WeightBounds
 from stylepipe.recipes.sources import Latents, PlainSource, Source, StyleSource, follow_, follow_norms_
 from stylepipe.training.draws import Draws
 from stylepipe.training.growth import Stage
@@ -76,16 +75,20 @@ class GANRecipe:
         self.pl_mean = torch.zeros((), device=device)
         self.alpha = torch.ones((), device=device)
         self.gamma_share = torch.ones((), device=device)
+        self.gp_weight = torch.full((), filled(self.loss.gp_weight), device=device)
+        self._penalty_factor = 1.0
         self.source = self._source()
         self.augment = Augmentation(config, self.draws, device)
         self.networks: Mapping[str, nn.Module] = {"G": self.G, "D": self.D}
         self.averaged: Mapping[str, nn.Module] = {"G": self.G_ema}
         self._history = HistoricalAverages(self.networks) if self.loss.historical_weight > 0 else None
-        self._clip = WeightClip(self.D, limit) if (limit := filled(self.loss.weight_clip)) > 0 else None
-        self._spectral = spectral_norms(self.D)
 
         self.learning_rates: Mapping[str, float] = {"G": filled(config.optim.g_lr), "D": filled(config.optim.d_lr)}
         self.schedule = schedule_of(config, world_size)
+        self._bounds = {  # made before the engine marks what it trains
+            (stage.resolution, stage.fading): WeightBounds(self.used_at(stage)["D"], filled(self.loss.weight_clip))
+            for stage in self.schedule.stages()
+        }
         self.state: Mapping[str, Tensor] = {
             "pl_mean": self.pl_mean,
             **{f"augment.{name}": tensor for name, tensor in self.augment.state.items()},
@@ -136,10 +139,20 @@ class GANRecipe:
         return self.loss.r1_interval == 1
 
     def begin(self, stage: Stage) -> None:
-        """Set alpha, the share of gamma and, where it is scheduled, the probability of augmentation."""
+        """Set alpha, the weights of penalties and, where it is scheduled, the probability of augmentation."""
         self.alpha.fill_(stage.alpha)
-        self.gamma_share.fill_(self._annealed(stage, 1.0, self.config.anneal.gamma))
+        self.gamma_share.fill_(self._annealed(stage, 1.0, self.config.anneal.gamma) * self._penalty_factor)
+        self.gp_weight.fill_(filled(self.loss.gp_weight) * self._penalty_factor)
         self.augment.begin(stage)
+
+    def regularize(self, factor: float) -> str:
+        self._penalty_factor = factor
+        weights = {
+            "R1": self._penalties.get("r1"),
+            "R2": self._penalties.get("r2"),
+            "gradient penalty": self.loss.gp_weight,
+        }
+        return ", ".join(f"{name} {weight * factor:g}" for name, weight in weights.items() if weight)
 
     def anneal(self, stage: Stage) -> Annealed:
         """Return the learning rate's share, beta2 and the half-life of the average at this stage."""
@@ -282,21 +295,33 @@ class GANRecipe:
             lengths.append(path_lengths(img, latents.code, noise).detach())
         self.pl_mean.copy_(torch.cat(lengths).mean())
 
-    @torch.no_grad()
     def sample(self, columns: int, rows: int, stage: Stage) -> Tensor:
         """Return images of G_ema at the latents and labels that every grid of the run shows, [N, H, W, 3] uint8.
 
         Those of a stage of growth are enlarged to the full size, pixel by pixel.
         """
-        self.begin(stage)
         numbers, c = self.labels.grid(columns, rows)
+        images = self._images_of(self.G_ema, "grid/z", numbers, c, stage)
+        times = self.config.res // stage.resolution
+        return images.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+
+    def watched(self, count: int, stage: Stage) -> Tensor:
+        numbers = list(range(count))
+        self.G.eval()
+        images = self._images_of(self.G, "watched/z", numbers, self.labels.draw("watched/c", numbers), stage)
+        self.G.train()
+        return images
+
+    @torch.no_grad()
+    def _images_of(self, G: nn.Module, purpose: str, numbers: Sequence[int], c: Tensor, stage: Stage) -> Tensor:
+        """Return images of a generator, [N, R, R, 3] uint8 on the host; as many at a time as in training."""
+        self.begin(stage)
         images = []
         for start in range(0, len(numbers), stage.batch_gpu):
             part = slice(start, start + stage.batch_gpu)
-            z = self.draws.normal("grid/z", numbers[part], self.G.z_dim)
-            images.append(to_uint8(self.source.sample(self.G_ema, z, c[part], stage)).cpu())
-        times = self.config.res // stage.resolution
-        return torch.cat(images).repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
+            z = self.draws.normal(purpose, numbers[part], self.G.z_dim)
+            images.append(to_uint8(self.source.sample(G, z, c[part], stage)).cpu())
+        return torch.cat(images)
 
     def classes_of_rows(self, rows: int) -> list[int]:
         return self.labels.classes_of_rows(rows)
@@ -357,7 +382,7 @@ class GANRecipe:
 
         penalty = gradient_penalty(critic, real, fake, u, self.loss.gp_target, self.loss.gp_one_sided)
         record.stat("Loss/D/gp", penalty)
-        return penalty.mean() * filled(self.loss.gp_weight)
+        return penalty.mean() * self.gp_weight
 
     def _note_d(self, real: Judgement, fake: Judgement, record: Record) -> None:
         """Report what D made of both kinds of images."""
@@ -370,6 +395,9 @@ class GANRecipe:
             record.stat("Loss/D/adversarial", self.objective.d(real_logits, fake_logits))
         else:
             record.stat("Loss/D/adversarial", self.objective.d_fake(fake_logits) + self.objective.d_real(real_logits))
+        divergence = self.objective.divergence
+        record.stat(f"Divergence/{divergence.name}", divergence.estimate(real_logits, fake_logits))
+        record.stat("Logits/gap", real_logits - fake_logits)
         for kind, logits in (("fake", fake_logits), ("real", real_logits)):
             record.stat(f"Logits/{kind}", logits)
             record.stat(f"Logits/{kind}_sign", (logits - middle).sign())
@@ -397,12 +425,9 @@ class GANRecipe:
             self._history.update_("D")
 
     def _after_penalty(self, averages: Mapping[str, Tensor], stage: Stage) -> None:
-        """Keep D's weights within their bounds."""
-        del averages, stage
-        if self._clip is not None:
-            self._clip.apply_()
-        for norm in self._spectral:
-            norm.update_()
+        """Keep the weights of D that the stage uses within their bounds."""
+        del averages
+        self._bounds[stage.resolution, stage.fading].keep_()
 
     def _follow_pl_mean(self, averages: Mapping[str, Tensor], stage: Stage) -> None:
         del stage

@@ -1,35 +1,43 @@
-"""Remedies that act on weights: clipping, and their mean over the training."""
+"""Remedies that act on weights: bounds, and their mean over the training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from stylepipe.losses.regularizers import HistoricalAverage, clip_weights_
 from stylepipe.networks.layers import Equalized
+from stylepipe.networks.spectral import spectral_norms
 
 
-class WeightClip:
-    """Keep every weight of a critic within +-limit (Arjovsky et al. 2017, arXiv:1701.07875, Algorithm 1).
+class WeightBounds:
+    """Keeps the weights of a discriminator within bounds, after each of its updates.
 
-    Where scales are applied at run time, the limit is on what acts then.
+    Args:
+        parts: of the discriminator; those that a stage of growth does not use are left alone.
+        clip: keep every weight within +-clip (Arjovsky et al. 2017, arXiv:1701.07875, Algorithm 1); 0 for no such
+            bound. Where scales are applied at run time, it is on what acts then.
     """
 
-    def __init__(self, critic: nn.Module, limit: float) -> None:
+    def __init__(self, parts: Sequence[nn.Module], clip: float) -> None:
+        self._spectral = [norm for part in parts for norm in spectral_norms(part)]
         self._limits: dict[float, list[nn.Parameter]] = {}
-        for module in critic.modules():
+        for module in (module for part in parts for module in part.modules()) if clip > 0 else ():
             weight_gain, bias_gain = module.gains() if isinstance(module, Equalized) else (1.0, 1.0)
             for name, parameter in module.named_parameters(recurse=False):
                 if not parameter.requires_grad:  # frozen, to be kept as it is
                     continue
                 gain = bias_gain if name == "bias" else weight_gain
-                self._limits.setdefault(limit / gain, []).append(parameter)
+                self._limits.setdefault(clip / gain, []).append(parameter)
 
-    def apply_(self) -> None:
+    def keep_(self) -> None:
+        """Clip the weights, and let spectral normalization follow them."""
         for limit, parameters in self._limits.items():
             clip_weights_(parameters, limit)
+        for norm in self._spectral:
+            norm.update_()
 
 
 class HistoricalAverages:

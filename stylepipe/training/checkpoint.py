@@ -23,6 +23,9 @@ from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 
 FORMAT_VERSION = 1
+DIVERGED = "diverged"
+"""Kind of the states that are kept of a divergence, to be looked at."""
+
 _NAME = re.compile(r"state-\d{6,}\.\d{3}")
 
 
@@ -56,9 +59,13 @@ def save_state(
     tensors: Mapping[str, Tensor],
     layout: Mapping[str, Mapping[str, list[int]]],
     info: Mapping[str, Any],
+    kind: str = "state",
 ) -> Path:
-    """Write `out/state-<kimg>/` and return it; one of that name that is there already is replaced."""
-    path = out / f"state-{kimg_name(images_seen)}"
+    """Write `out/<kind>-<kimg>/` and return it; one of that name that is there already is replaced.
+
+    `info["healthy"]` says whether it is one to roll back to.
+    """
+    path = out / f"{kind}-{kimg_name(images_seen)}"
     if path.exists():
         _delete(path)
     with atomic_path(path) as folder:
@@ -134,15 +141,32 @@ def newest_state(out: Path) -> Path | None:
     return max(_states(out), default=None)
 
 
+def newest_healthy_state(out: Path) -> Path | None:
+    """Return the newest state folder in `out` that was saved while gradients were finite, if there is any."""
+    return next((path for path in sorted(_states(out), reverse=True) if _is_healthy(path)), None)
+
+
 def prune_states(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` states of `out`; 0 keeps all."""
+    """Delete all but the newest `keep` states of `out`, and never the newest healthy one; 0 keeps all."""
+    healthy = newest_healthy_state(out)
     for path in sorted(_states(out))[:-keep] if keep else []:
-        _delete(path)
+        if path != healthy:
+            _delete(path)
+
+
+def set_aside_later_states(out: Path, path: Path | None) -> None:
+    """Rename the states of `out` later than `path`, or all, from state- to diverged-: no run goes on from them."""
+    for later in sorted(_states(out)):
+        if path is None or later.name > path.name:
+            aside = later.with_name(later.name.replace("state-", f"{DIVERGED}-", 1))
+            if aside.exists():
+                _delete(aside)
+            later.rename(aside)
 
 
 def clear_remains(out: Path) -> None:
     """Delete what processes that were killed while saving or deleting states have left in `out`."""
-    for path in out.glob(".state-*.tmp"):
+    for path in [*out.glob(".state-*.tmp"), *out.glob(f".{DIVERGED}-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -150,6 +174,13 @@ def _states(out: Path) -> list[Path]:
     if not out.is_dir():
         return []
     return [path for path in out.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+
+
+def _is_healthy(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / "state.json").read_text())["info"].get("healthy", True))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # damaged
 
 
 def _delete(path: Path) -> None:

@@ -21,6 +21,11 @@ from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
+IN_A_ROW = "skipped_in_a_row"
+"""Last part of the statistic of each phase that counts the updates skipped one after the other, up to now."""
+
+_SKIPPED = "skipped."  # of names in a state
+
 
 @dataclass(frozen=True)
 class Used:
@@ -39,6 +44,11 @@ class Engine:
         ema: half-life of the averages.
         rank, world_size: which of how many processes this is.
 
+    Attributes:
+        images_seen: the clock.
+        skipped: [2] float32 for each phase by name: updates skipped for inf or NaN gradients, in all and in a row up
+            to now. It stays on the device.
+
     The stage says how many images, batch_gpu, a device works on at a time. Image i of a batch of B belongs to
     micro-batch i mod (B / batch_gpu), and micro-batch s to process s mod world_size. So the same images meet in
     minibatch stddev, whatever the number of processes.
@@ -55,6 +65,7 @@ class Engine:
         self.optimizers = {name: self._optimizer(name, optim) for name in self.arenas}
         self.device = next(iter(self.arenas.values())).params.device
         self.record = Record(self.device)
+        self.skipped = {phase.name: torch.zeros(2, device=self.device) for phase in recipe.phases}
         self._rampup = filled(ema.rampup)
         self._used: dict[str, Used] = {}
         self._stage: Stage | None = None
@@ -110,6 +121,7 @@ class Engine:
         failed = norm.isfinite().logical_not().float()
         self.record.stat(f"Gradient/{phase.name}/norm", norm)
         self.record.stat(f"Gradient/{phase.name}/not_finite", failed)
+        self._count_skipped(phase.name, failed)
         annealed = self.recipe.anneal(stage)
         optimizer.step(stage.lr_multiplier * annealed.lr, failed, annealed.beta2)
         phase.after(averages, stage)
@@ -125,7 +137,7 @@ class Engine:
             tensors |= {f"{name}.buffer.{key}": value for key, value in buffers.items()}
         for name, average in self.averages.items():
             tensors[f"{name}.average"] = average.arena.params.detach()
-        return tensors
+        return tensors | {f"{_SKIPPED}{name}": count for name, count in self.skipped.items()}
 
     def layout(self) -> dict[str, dict[str, list[int]]]:
         """Return the shape of every parameter by network and name: what a state must fit."""
@@ -135,11 +147,12 @@ class Engine:
     def load_state(self, tensors: Mapping[str, Tensor], images_seen: int) -> None:
         """Take over what `state` returned; names and shapes must be those of this engine.
 
-        What the recipe names optional may be missing, since its options may change within a run; it stays as it is.
+        What the recipe names optional may be missing, since its options may change within a run, and so may counts of
+        phases that it did not have; it stays as it is.
         """
         self.images_seen = images_seen
         for name, tensor in self.state().items():
-            if name in self.recipe.optional and name not in tensors:
+            if name not in tensors and (name in self.recipe.optional or name.startswith(_SKIPPED)):
                 continue
             assert tensor.shape == tensors[name].shape, name
             tensor.copy_(tensors[name])
@@ -164,6 +177,13 @@ class Engine:
             used = [p for p in arena.trained if id(p) in parameters]
             self._used[name] = Used(used, arena.windows(used))
             self.optimizers[name].use(self._used[name].windows)
+
+    def _count_skipped(self, phase: str, failed: Tensor) -> None:
+        count = self.skipped[phase]
+        count.add_(failed)
+        count[1].mul_(failed)
+        self.record.latest(f"Gradient/{phase}/skipped", count[0])
+        self.record.latest(f"Gradient/{phase}/{IN_A_ROW}", count[1])
 
     def _optimizer(self, name: str, optim: OptimConfig) -> Adam:
         """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).

@@ -6,7 +6,7 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,11 @@ def estimate(recipe: Recipe, c_dim: int, batch_gpu: int, stage: Stage | None = N
         mark_trained(parameters, True)
     flops = {name: cost[0] for name, cost in costs.items()}
     return Estimate(flops, weights * _COPIES + max(cost[1] for cost in costs.values()))
+
+
+def peak_memory(recipe: Recipe, c_dim: int, stages: Sequence[Stage]) -> int:
+    """Return what training holds at its peak, in bytes, over all stages of a schedule."""
+    return max(estimate(recipe, c_dim, stage.batch_gpu, stage).memory_bytes for stage in stages)
 
 
 def flops_per_image(recipe: Recipe, cost: Estimate, batch_gpu: int) -> float:

@@ -48,6 +48,10 @@ class Record:
             self._sums[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
         self._sums[name] += torch.stack([values.double().sum(), self._count(values)])
 
+    def latest(self, name: str, value: Tensor) -> None:
+        """Have the next tick report `value` [] under `name`: not a mean over steps, but the newest one."""
+        self._sums[name] = torch.stack([value.detach().double(), self._count(value)])
+
     def histogram(self, name: str, values: Tensor) -> None:
         """Keep the latest `values` for the next tick."""
         self.histograms[name] = values.detach().flatten()
@@ -153,8 +157,19 @@ class Recipe(Protocol):
         """Return what else of the engine's settings varies in time."""
         ...
 
+    def regularize(self, factor: float) -> str:
+        """Multiply the settings' weights of the penalties that keep training stable; say what they are now."""
+        ...
+
     def sample(self, columns: int, rows: int, stage: Stage) -> Tensor:
         """Return images for a grid at fixed latents, row by row, [N, H, W, 3] uint8 on the host."""
+        ...
+
+    def watched(self, count: int, stage: Stage) -> Tensor:
+        """Return images of the newest weights, not averaged, at fixed latents, [N, R, R, 3] uint8 on the host.
+
+        R is the stage's resolution.
+        """
         ...
 
     def classes_of_rows(self, rows: int) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,8 @@ from stylepipe.config import Config
 from stylepipe.errors import UserError
 from stylepipe.training.distributed import local_processes, smallest
 from stylepipe.training.engine import Engine
-from stylepipe.training.estimate import estimate
+from stylepipe.training.estimate import peak_memory
+from stylepipe.training.growth import Stage
 from stylepipe.training.memory import GIB, free_memory
 from stylepipe.training.phase import Recipe
 from stylepipe.training.timing import random_batch
@@ -19,8 +21,12 @@ from stylepipe.training.timing import random_batch
 HEADROOM = 0.9  # of the free memory: grids and the fragmentation of long runs take some
 
 
+Build = Callable[[torch.device, int], Recipe]
+Stages = Callable[[int], Sequence[Stage]]
+
+
 def largest_batch_gpu(
-    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, per_process: int, device: torch.device
+    build: Build, stages: Stages, config: Config, c_dim: int, per_process: int, device: torch.device
 ) -> int:
     """Return the largest divisor of `per_process` that fits, the same on every process.
 
@@ -29,6 +35,7 @@ def largest_batch_gpu(
 
     Args:
         build: makes a recipe on a device for a micro-batch size.
+        stages: gives all stages of the training for a micro-batch size of the last.
         config: resolved settings.
         c_dim: label dimensions.
         per_process: images that one process handles in a step.
@@ -41,7 +48,7 @@ def largest_batch_gpu(
     candidates = [n for n in range(per_process, 0, -1) if per_process % n == 0]
     # Every process walks the same list until all of them agree, since their memories may differ.
     for batch_gpu in candidates:
-        if smallest(int(fits(build, config, c_dim, batch_gpu, device)), device):
+        if smallest(int(fits(build, stages, config, c_dim, batch_gpu, device)), device):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)  # the failed tries are not the training's peak
             return batch_gpu
@@ -51,17 +58,16 @@ def largest_batch_gpu(
     )
 
 
-def _fits_gpu(
-    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
-) -> bool:
+def _fits_gpu(build: Build, stages: Stages, config: Config, c_dim: int, batch_gpu: int, device: torch.device) -> bool:
     free = free_memory(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         engine = Engine(build(device, batch_gpu), optim=config.optim, ema=config.ema)
-        stage = engine.recipe.schedule.final()
-        images, labels = random_batch(engine, config.res, c_dim)
-        for phase in engine.recipe.phases:
-            engine.run_phase(phase, stage, images, labels)
+        for stage in stages(batch_gpu):
+            stage = replace(stage, batch_size=stage.batch_gpu)  # more are further rounds of the same
+            images, labels = random_batch(engine, stage, c_dim)
+            for phase in engine.recipe.phases:
+                engine.run_phase(phase, stage, images, labels)
         torch.cuda.synchronize(device)
         fits = torch.cuda.max_memory_reserved(device) <= HEADROOM * free
     except torch.OutOfMemoryError:
@@ -72,8 +78,6 @@ def _fits_gpu(
     return fits
 
 
-def _fits_cpu(
-    build: Callable[[torch.device, int], Recipe], config: Config, c_dim: int, batch_gpu: int, device: torch.device
-) -> bool:
-    needed = estimate(build(torch.device("meta"), batch_gpu), c_dim, batch_gpu).memory_bytes
+def _fits_cpu(build: Build, stages: Stages, config: Config, c_dim: int, batch_gpu: int, device: torch.device) -> bool:
+    needed = peak_memory(build(torch.device("meta"), batch_gpu), c_dim, stages(batch_gpu))
     return needed <= HEADROOM * free_memory(device) / local_processes()

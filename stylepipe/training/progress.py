@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from stylepipe.files import atomic_path
 
+LOG_NAME, STATS_NAME = "log.txt", "stats.jsonl"
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
 
 
@@ -92,13 +93,13 @@ class RunLog:
     """
 
     def __init__(self, out: Path, resume_from_images_seen: int | None = None) -> None:
-        self.images_seen = resume_from_images_seen or 0
-        for name, position in (("log.txt", _log_position), ("stats.jsonl", _stats_position)):
-            if resume_from_images_seen is not None:
-                _drop_later_lines(out / name, position, resume_from_images_seen)
-        mode = "w" if resume_from_images_seen is None else "a"
-        self._log = open(out / "log.txt", mode, buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered
-        self._stats = open(out / "stats.jsonl", mode, buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._out = out
+        self._open(resume_from_images_seen)
+
+    def rewind(self, images_seen: int) -> None:
+        """Drop what was written later than this: the training goes on from there."""
+        self.close()
+        self._open(images_seen)
 
     def line(self, text: str) -> None:
         """Append text to log.txt, each of its lines with the kimg of the last `stats`."""
@@ -118,6 +119,16 @@ class RunLog:
         """Close both files."""
         self._log.close()
         self._stats.close()
+
+    def _open(self, resume_from_images_seen: int | None) -> None:
+        self.images_seen = resume_from_images_seen or 0
+        log, stats = self._out / LOG_NAME, self._out / STATS_NAME
+        if resume_from_images_seen is not None:
+            _drop_later_lines(log, _log_position, resume_from_images_seen)
+            _drop_later_lines(stats, _stats_position, resume_from_images_seen)
+        mode = "w" if resume_from_images_seen is None else "a"
+        self._log = open(log, mode, buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered
+        self._stats = open(stats, mode, buffering=1, encoding="utf-8")  # noqa: SIM115
 
 
 def _log_position(line: str) -> int:

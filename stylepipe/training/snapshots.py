@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,18 @@ from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
-from stylepipe.training.checkpoint import kimg_name, prune_states, save_state
+from stylepipe.training.checkpoint import (
+    DIVERGED,
+    kimg_name,
+    newest_healthy_state,
+    prune_states,
+    save_state,
+    set_aside_later_states,
+)
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
+from stylepipe.training.progress import LOG_NAME, STATS_NAME
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
 
@@ -34,6 +44,9 @@ class Snapshots:
         tracker: where pictures go as well.
         say: tells the user of each file.
         origin: what network files shall say of where the run comes from, such as `derived_from`.
+
+    Attributes:
+        history: what states shall say of how the run fared until now; see `stylepipe.training.trainer`.
     """
 
     def __init__(
@@ -48,6 +61,7 @@ class Snapshots:
     ) -> None:
         self.config, self.engine, self.dataset, self.out = config, engine, dataset, out
         self.tracker, self.say, self.origin = tracker, say, origin
+        self.history: dict[str, Any] = {}
 
     def real_grid(self) -> None:
         """Save the data's images that every grid of the run is to be compared with."""
@@ -83,21 +97,59 @@ class Snapshots:
         network, beside = self.engine.recipe.export(stage)
         if not self.config.snapshot_with_d:
             beside = {}
-        try:
+        with self._saving():
             save_network(network_path, network, beside=beside, metadata={**self.origin, **metadata})
-            path = save_state(self.out, seen, self.engine.state(), self.engine.layout(), self._info())
+            path = self._save_state()
             prune_states(self.out, self.config.keep_states)
+        if self.config.tracker_artifacts:
+            self.tracker.log_artifact(network_path)
+        self.say(f"saved: {path}, {network_path.name}")
+
+    def diverged(self) -> tuple[Path, Path | None]:
+        """Keep a state of a diverged training and copies of its logs, and set aside all states since the healthy one.
+
+        No run goes on from these by itself.
+
+        Returns:
+            what was kept, and the newest healthy state, if there is one.
+
+        Raises:
+            UserError: as for `snapshot`.
+        """
+        with self._saving():
+            kept = self._save_state(DIVERGED)
+            for name in (LOG_NAME, STATS_NAME):
+                shutil.copy(self.out / name, kept)
+            healthy = newest_healthy_state(self.out)
+            set_aside_later_states(self.out, healthy)
+        return kept, healthy
+
+    def state(self) -> None:
+        """Save the state alone, in place of one that is there already, with the history that it has now.
+
+        Raises:
+            UserError: as for `snapshot`.
+        """
+        with self._saving():
+            self._save_state()
+
+    def _save_state(self, kind: str = "state") -> Path:
+        engine = self.engine
+        return save_state(self.out, engine.images_seen, engine.state(), engine.layout(), self._info(), kind)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
                 f"there; make room, then start the same command with this --out to go on from the newest"
             ) from error
-        if self.config.tracker_artifacts:
-            self.tracker.log_artifact(network_path)
-        self.say(f"saved: {path}, {network_path.name}")
 
     def _info(self) -> dict[str, Any]:
         return {
+            **self.history,
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
             "config": config_mapping(self.config),

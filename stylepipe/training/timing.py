@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from stylepipe.training.engine import Engine
+from stylepipe.training.growth import Stage
 from stylepipe.training.phase import Phase
 
 
-def random_batch(engine: Engine, res: int, c_dim: int) -> tuple[Tensor, Tensor]:
-    """Return (images, labels) like this process's share of a batch, of random content, on the device."""
-    count = engine.recipe.schedule.final().batch_size // engine.world_size
+def random_batch(engine: Engine, stage: Stage, c_dim: int) -> tuple[Tensor, Tensor]:
+    """Return (images, labels) like this process's share of a stage's batch, of random content, on the device."""
+    count, res = stage.batch_size // engine.world_size, stage.resolution
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, res, res, 3), dtype=torch.uint8, generator=generator)
     return images.to(engine.device), torch.zeros(count, c_dim, device=engine.device)

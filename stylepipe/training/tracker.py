@@ -24,6 +24,7 @@ from stylepipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+KIMG = "Progress/kimg"  # the axis of all that W&B draws
 INIT_TIMEOUT_S = 30  # W&B's own is 90: too long a wait before training just because a node has no network
 
 
@@ -61,21 +62,22 @@ class Tracker:
         self.run_id: str | None = run_id
         """Names the run to W&B; saved with the state, it lets a resumed run go on in the same place."""
         self._tracker: WandBTracker | TensorBoardTracker | None = None
+        self._accelerator, self._project, self._out = accelerator, project, out
         if not accelerator.is_main_process or kind == "none":
             return
         if kind == "wandb":
             self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             self._tracker = _start_wandb(accelerator, project, dict(config), out, self.run_id)
         else:
-            purge_step = images_seen + 1 if images_seen else None
-            self._tracker = TensorBoardTracker("tensorboard", out, purge_step=purge_step)
-            _start(accelerator, self._tracker, project)
+            self._tracker = self._start_tensorboard(images_seen)
             self._tracker.tracker.add_text("config", "\n".join(f"    {line}" for line in _lines(config)))
             logger.info("TensorBoard: tensorboard --logdir %s", out / "tensorboard")
 
     def log(self, scalars: Mapping[str, float], images_seen: int) -> None:
         """Log numbers under stable names such as Loss/G/adversarial."""
-        if self._tracker is not None:
+        if isinstance(self._tracker, WandBTracker):
+            self._tracker.log({**scalars, KIMG: images_seen / 1000})
+        elif self._tracker is not None:
             self._tracker.log(dict(scalars), step=images_seen)
 
     def log_image(self, name: str, image: NDArray[np.uint8] | Path, images_seen: int) -> None:
@@ -84,7 +86,9 @@ class Tracker:
             return
         pixels = np.asarray(Image.open(image).convert("RGB")) if isinstance(image, Path) else image
         if isinstance(self._tracker, WandBTracker):
-            self._tracker.log_images({name: [pixels]}, step=images_seen)
+            import wandb
+
+            self._tracker.log({name: [wandb.Image(pixels)], KIMG: images_seen / 1000})
         else:
             self._tracker.log_images({name: pixels[None]}, step=images_seen, dataformats="NHWC")
 
@@ -97,7 +101,7 @@ class Tracker:
         if isinstance(self._tracker, WandBTracker):
             import wandb
 
-            self._tracker.log({name: wandb.Histogram(finite.tolist())}, step=images_seen)
+            self._tracker.log({name: wandb.Histogram(finite.tolist()), KIMG: images_seen / 1000})
         else:
             self._tracker.tracker.add_histogram(name, finite, global_step=images_seen)
 
@@ -110,11 +114,30 @@ class Tracker:
             artifact.add_file(str(path), policy="immutable")  # network files never change: no copy into W&B's cache
             self._tracker.tracker.log_artifact(artifact)
 
+    def alert(self, name: str, text: str, images_seen: int) -> None:
+        """Call the user: W&B notifies as its settings there say, TensorBoard shows a text."""
+        if isinstance(self._tracker, WandBTracker):
+            self._tracker.tracker.alert(title=name, text=text, level="WARN", wait_duration=0)
+        elif self._tracker is not None:
+            self._tracker.tracker.add_text(f"Alarm/{name}", text, global_step=images_seen)
+
+    def rewind(self, images_seen: int) -> None:
+        """Let the run go on from before: TensorBoard drops what came later, W&B draws its lines back from there."""
+        if isinstance(self._tracker, TensorBoardTracker):
+            self._tracker.finish()
+            self._tracker = self._start_tensorboard(images_seen)
+
     def finish(self) -> None:
         """Send or write what is still waiting."""
         if self._tracker is not None:
             self._tracker.finish()
             self._tracker = None
+
+    def _start_tensorboard(self, images_seen: int) -> TensorBoardTracker:
+        purge_step = images_seen + 1 if images_seen else None
+        tracker = TensorBoardTracker("tensorboard", self._out, purge_step=purge_step)
+        _start(self._accelerator, tracker, self._project)
+        return tracker
 
 
 def _start(
@@ -138,6 +161,8 @@ def _start_wandb(
             project, mode=mode, dir=str(out), id=run_id, name=name, resume="allow", settings=quiet
         )  # fmt: skip
         _start(accelerator, tracker, project, config)
+        # W&B's own steps cannot go back, as a run that is rolled back does: it would drop what comes with earlier ones.
+        tracker.run.define_metric("*", step_metric=KIMG)
         return tracker
 
     logging.getLogger("wandb").propagate = False  # it keeps its own debug.log; what matters is said below

@@ -21,8 +21,15 @@ from stylepipe.datasets.reader import Batch, Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
-from stylepipe.training.checkpoint import State, check_fits, clear_remains
-from stylepipe.training.distributed import local_processes, on_main_process, sum_
+from stylepipe.training.alarms import Alarms, diverged
+from stylepipe.training.checkpoint import (
+    State,
+    check_fits,
+    clear_remains,
+    load_state,
+    newest_state,
+)
+from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
 from stylepipe.training.engine import Engine
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
@@ -33,12 +40,15 @@ from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.settings import changes_since, check_growth, config_mapping
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import Tracker
+from stylepipe.training.watch import DiversityWatch
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 PROJECT = "stylepipe"
+ROLLBACK_FACTOR = 2.0  # of penalties, each time
+MAX_ROLLBACKS = 4
 MAX_WORKERS = 8  # decoding processes per GPU: more than one GPU's training asks for
 
 
@@ -96,11 +106,16 @@ class Trainer:
                 logger.warning(
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
+        history = {} if state is None else state.info
+        self.rollbacks: int = history.get("rollbacks", 0)
+        self._penalties = recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
+        self._alarms = Alarms(history.get("alarms"))
+        self._diversity = DiversityWatch(recipe, dataset)
         self.first_image = self.engine.images_seen
         self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
         self._last = self.stage
         self.sec_per_kimg: float | None = None
-        self._seconds = 0.0
+        self._seconds, self._images = 0.0, 0
         settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config)
         if self.is_main:
@@ -118,6 +133,7 @@ class Trainer:
             images_seen=self.engine.images_seen,
         )
         self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
+        self._note_history(healthy=True)
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
     def run(self) -> Interrupt:
@@ -128,23 +144,29 @@ class Trainer:
         self.say(self._opening())
         for line in self._changes:
             self.say(line)
+        if self.rollbacks:
+            self.say(f"rolled back {self.rollbacks} times so far: {self._penalties}")
         with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
                 self._on_main(partial(self.snapshots.grid, self._last))
-            batches = self._batches()
+            if (
+                self.config.on_divergence == "rollback"
+                and on_main_process(self.accelerator, newest_state, self.out) is None
+            ):
+                self._on_main(partial(self.snapshots.snapshot, self._last))  # something to roll back to
+            self._open_data()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
-            stop = self.engine.images_seen >= self.total_images
-            while not stop:
+            interrupted = False
+            while not (interrupted or self.finished):
                 if _data_of(self.stage) != _data_of(self._last):
                     self.say(self._stage_line())
-                    batches = self._saving(self._batches)
+                    self._saving(self._open_data)
                 self._last = self.stage
-                self.engine.step(self._saving(partial(next, batches)))
+                self.engine.step(self._saving(partial(next, self._data)))
                 self.progress.update(self.engine.images_seen)
-                finished = self.engine.images_seen >= self.total_images
-                stop = interrupt.agreed() or finished
-                self._keep_up(stop, finished)
+                interrupted = interrupt.agreed()
+                self._keep_up(interrupted)
         self.say(self._closing(interrupt))
         return interrupt
 
@@ -153,6 +175,11 @@ class Trainer:
         """What the training looks like now."""
         return self.recipe.schedule.at(self.engine.images_seen)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all images have been seen."""
+        return self.engine.images_seen >= self.total_images
+
     def close(self) -> None:
         """Let go of terminal, tracker and log."""
         self.progress.close()
@@ -160,7 +187,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _open_data(self) -> None:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
         reader = Reader(
@@ -174,7 +201,7 @@ class Trainer:
             num_workers=self._workers(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        return iter(reader)
+        self._data: Iterator[Batch] = iter(reader)
 
     def _saving(self, read: Callable[[], T]) -> T:
         """Return what is read of the data; if that fails, one process alone saves what it has learnt before it ends.
@@ -188,25 +215,62 @@ class Trainer:
                 self.snapshots.snapshot(self._last)
             raise
 
-    def _keep_up(self, stop: bool, finished: bool) -> None:
+    def _keep_up(self, interrupted: bool) -> None:
         """Do what is due after a step."""
-        snapshot = stop or self._due(self.config.snapshot_kimg)
-        grid = finished or self._due(self.config.grid_kimg)
-        if not (snapshot or grid or self._due(self.config.tick_kimg)):
+        snapshot = interrupted or self.finished or self._due(self.config.snapshot_kimg)
+        grid = self.finished or self._due(self.config.grid_kimg)
+        diversity = self._due(self.config.diversity_kimg)
+        if not (snapshot or grid or diversity or self._due(self.config.tick_kimg)):
             return
-        failed = self._tick()
+        divergence = self._tick(diversity)
         if grid:
             self._on_main(partial(self.snapshots.grid, self._last))
-        if failed:
-            # Nothing is saved: the newest state stays one from before, and no healthy one is pruned for it.
-            raise UserError(
-                f"training has diverged: every gradient since the last log line was inf or NaN, so no update was made; "
-                f"go on from a state of {self.out} with --resume STATE and another --out, with a lower learning rate "
-                f"or stronger regularization"
-            )
-        if snapshot:
+        if divergence:
+            self._recover(divergence)
+        elif snapshot:
             self._on_main(partial(self.snapshots.snapshot, self._last))
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+
+    def _recover(self, divergence: str) -> None:
+        """Roll back to the last healthy state, or stop; either way a state is kept of what happened.
+
+        Raises:
+            UserError: the training stops here.
+        """
+        kept, healthy = on_main_process(self.accelerator, self.snapshots.diverged)
+        happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
+        if self.config.on_divergence == "stop" or healthy is None or self.rollbacks == MAX_ROLLBACKS:
+            raise UserError(f"{happened}; {self._way_out(kept, healthy)}")
+        state = on_every_process(self.accelerator, load_state, healthy)
+        self.engine.load_state(state.tensors, state.images_seen)
+        self.rollbacks += 1
+        self._penalties = self.recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
+        self._alarms = Alarms(state.info.get("alarms"))
+        self._last = self.stage
+        self._open_data()
+        self._note_history(healthy=True)
+        if self.log is not None:
+            self.log.rewind(state.images_seen)
+            self.tracker.rewind(state.images_seen)
+        told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; of before, {kept} is kept"
+        self._raise_alarms({"rollback": told})
+        if self.log is not None:
+            self.log.stats(state.images_seen, {"Alarm/rollback": told})
+        self._on_main(self.snapshots.state)
+
+    def _way_out(self, kept: Path, healthy: Path | None) -> str:
+        """Return what to do about a divergence that stops the training."""
+        again = f"start the same command with --out {self.out}"
+        if healthy is None:
+            way = "no state was saved before; start anew in another --out"
+        elif self.rollbacks == MAX_ROLLBACKS:
+            way = f"it was rolled back {self.rollbacks} times already, up to {self._penalties}; {again}"
+        else:
+            way = f"{again} to go on from {healthy.name}"
+        remedies = ["a lower --optim.g-lr and --optim.d-lr", "stronger regularization"]
+        if self.config.on_divergence == "stop":
+            remedies.append("--on-divergence rollback")
+        return f"{way}, with {', or '.join(remedies)}; the diverged state is kept as {kept}"
 
     def _due(self, kimg: float) -> bool:
         """Tell whether the last step crossed a multiple of `kimg`."""
@@ -214,14 +278,13 @@ class Trainer:
         seen = self.engine.images_seen
         return seen // interval != (seen - self._last.batch_size) // interval
 
-    def _tick(self) -> bool:
-        """Report the means since the last tick; True if no update since then was finite."""
-        names, values = self._gather_statistics()
-        stats = dict(zip(names, values, strict=True))
+    def _tick(self, diversity: bool) -> str:
+        """Report the means since the last tick; return what has diverged, if anything."""
+        stats = self._gather_statistics()
         seen = self.engine.images_seen
         seconds, images = time.perf_counter() - self._tick_start, seen - self._tick_images
-        self._seconds += seconds
-        self.sec_per_kimg = self._seconds / (seen - self.first_image) * 1000
+        self._seconds, self._images = self._seconds + seconds, self._images + images
+        self.sec_per_kimg = self._seconds / self._images * 1000
         stats |= {
             "Progress/kimg": seen / 1000,
             "Progress/step": self._last.step + 1,
@@ -229,9 +292,13 @@ class Trainer:
             "Timing/sec_per_kimg": seconds / images * 1000,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
-        skipped = [stats[name] for name in names if name.endswith("/not_finite")]
+        divergence = diverged(stats, self.config.divergence_updates)
         if self.log is not None:
-            self.log.stats(seen, stats | {"world_size": self.accelerator.num_processes})
+            if diversity:
+                stats |= self._diversity.measure(self._last)
+            alarms = self._alarms.look(stats) | ({"divergence": divergence} if divergence else {})
+            told = {f"Alarm/{name}": text for name, text in alarms.items()}
+            self.log.stats(seen, stats | {"world_size": self.accelerator.num_processes} | told)
             self.tracker.log(stats, seen)
             for name, tensor in self.engine.record.histograms.items():
                 self.tracker.log_histogram(name, tensor.float().cpu().numpy(), seen)
@@ -239,14 +306,23 @@ class Trainer:
             line = tick_line(stats, headline)
             self.log.line(line)
             self.progress.tick(line, {label: value for label, value in headline.items() if value is not None})
-            if any(skipped):
-                self.say(f"warning: updates with inf or NaN gradients were skipped: {max(skipped):.1%} of a phase")
-        return bool(skipped) and all(share == 1 for share in skipped)
+            self._raise_alarms(alarms)
+        self._note_history(healthy=not diverged(stats, 1))
+        return divergence
 
-    def _gather_statistics(self) -> tuple[list[str], list[float]]:
+    def _raise_alarms(self, alarms: Mapping[str, str]) -> None:
+        for name, text in alarms.items():
+            self.say(f"ALARM {name}: {text}")
+            self.tracker.alert(name, text, self.engine.images_seen)
+
+    def _note_history(self, healthy: bool) -> None:
+        """Have the next state say how the run fares."""
+        self.snapshots.history = {"healthy": healthy, "rollbacks": self.rollbacks, "alarms": self._alarms.state}
+
+    def _gather_statistics(self) -> dict[str, float]:
         sums = self.engine.record.take_sums()
         totals = sum_(torch.stack(list(sums.values()))).cpu()
-        return list(sums), (totals[:, 0] / totals[:, 1]).tolist()
+        return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
 
     def _on_main(self, save: Callable[[], None]) -> None:
         """Save on the main process; if that fails, all processes end together."""

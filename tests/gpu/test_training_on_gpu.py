@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stylepipe.datasets.reader import Batch
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe, build_networks, trial
 from stylepipe.training.engine import Engine
+from stylepipe.training.growth import Stage
 from stylepipe.training.probe import largest_batch_gpu
 
 SMALL = Config(
@@ -91,4 +93,7 @@ def test_the_largest_micro_batch_is_found_by_trying():
     def build(device: torch.device, batch_gpu: int) -> GANRecipe:
         return trial(config, 0, device, batch_gpu)
 
-    assert largest_batch_gpu(build, config, 0, 16, GPU) == 16
+    def stages(batch_gpu: int) -> Sequence[Stage]:
+        return build(torch.device("meta"), batch_gpu).schedule.stages()
+
+    assert largest_batch_gpu(build, stages, config, 0, 16, GPU) == 16

@@ -100,6 +100,72 @@ def test_the_minimax_game_is_worth_twice_the_divergence_less_log_4():
     assert g_loss.item() == pytest.approx(-math.log(2), abs=1e-12)
 
 
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    return integral((p - q).abs()) / 2
+
+
+DIVERGENCES = {
+    "minimax": ("jensen_shannon", js_divergence),
+    "non-saturating": ("jensen_shannon", js_divergence),
+    "lsgan": ("triangular", lambda p, q: integral((p - q).square() / (p + q))),
+    "hinge": ("total_variation", total_variation),
+    "ebgan": ("total_variation", total_variation),
+}
+
+
+def estimated(losses: Objective, logits: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """The expectation of the estimate over real images from p and generated ones from q: it is a sum of both parts."""
+    undecided = torch.zeros_like(logits)
+    estimate = losses.divergence.estimate
+    of_both = estimate(logits, undecided) * p + estimate(undecided, logits) * q - estimate(undecided, undecided) * p
+    return integral(of_both)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_estimated_divergence_is_that_of_the_paper_for_the_best_discriminator_and_less_for_others(name: str):
+    known_as, divergence = DIVERGENCES[name]
+    losses = unpaired(name)
+    assert losses.divergence.name == known_as
+    of_energy = torch.where(P_DATA > P_G, 40.0, -math.log(math.expm1(10.0))).double()
+    best = of_energy if name == "ebgan" else BEST_LOGITS[name](P_DATA, P_G)
+    expected = divergence(P_DATA, P_G)
+    torch.testing.assert_close(estimated(losses, best, P_DATA, P_G), expected)
+    for _ in range(20):
+        assert estimated(losses, best + 0.3 * torch.randn_like(best), P_DATA, P_G) < expected
+    assert estimated(losses, best, P_DATA, P_DATA).item() <= 1e-9, "equal distributions have none, whatever D says"
+
+
+def test_a_smoothed_label_does_not_move_the_estimate():
+    best = (P_DATA / P_G).log()
+    smoothed, plain = unpaired("minimax", real_label=0.9), unpaired("minimax")
+    assert torch.equal(estimated(smoothed, best, P_DATA, P_G), estimated(plain, best, P_DATA, P_G))
+
+
+def test_the_estimated_distance_of_a_critic_of_slope_1_is_that_of_two_shifted_gaussians():
+    """W_1 of N(0, 1) and N(2, 1) is 2, and D(x) = -x attains it."""
+    losses = unpaired("wgan-gp")
+    assert losses.divergence.name == "wasserstein"
+    torch.testing.assert_close(estimated(losses, -X, P_DATA, gaussian(2, 1)), torch.tensor(2.0, dtype=torch.float64))
+
+
+def test_the_relativistic_estimate_is_0_at_most_for_equal_and_2_log_2_for_separate_distributions():
+    losses = objective("relativistic")
+    assert losses.divergence.name == "relativistic"
+    coarse = X[::40]
+
+    def estimated_of_pairs(logits: Tensor, p: Tensor, q: Tensor) -> float:
+        weights = torch.outer(p, q) / (p.sum() * q.sum())
+        pairs = losses.divergence.estimate(logits[:, None].expand_as(weights), logits[None].expand_as(weights))
+        return (weights * pairs).sum().item()
+
+    p = P_DATA[::40]
+    assert estimated_of_pairs(torch.zeros_like(coarse), p, p) == pytest.approx(0, abs=1e-12)
+    for _ in range(20):
+        assert estimated_of_pairs(torch.randn_like(coarse), p, p) < 0  # by Jensen's inequality
+    left, right = (coarse < 0).double(), (coarse > 0).double()
+    assert estimated_of_pairs(-40 * coarse.sign(), left, right) == pytest.approx(2 * math.log(2), abs=1e-12)
+
+
 def mlp(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)

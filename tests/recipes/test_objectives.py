@@ -10,6 +10,7 @@ from stylepipe.config import AnnealConfig, Config, EMAConfig, GrowthConfig, Loss
 from stylepipe.datasets.reader import Batch
 from stylepipe.errors import UserError
 from stylepipe.losses.adversarial import OBJECTIVES
+from stylepipe.networks.spectral import spectral_norms
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe
 from stylepipe.training.engine import Engine
@@ -98,7 +99,7 @@ def test_remedies_and_regularizers_go_with_any_network(
 def test_spectral_normalization_follows_the_steps(kind: str) -> None:
     optim = OptimConfig(d_lr=2e-4)  # one iteration per step follows small steps
     engine = make_engine(resolved(kind, network={"spectral_norm": True}, loss={"kind": "hinge"}, optim=optim))
-    norms = engine.recipe._spectral
+    norms = spectral_norms(engine.recipe.D)
     before = [norm.u.clone() for norm in norms]
     for step in range(3):
         engine.step(batch_at(8 * step))
@@ -114,10 +115,23 @@ def test_spectral_normalization_follows_the_steps(kind: str) -> None:
 def test_weights_are_clipped_where_they_act(kind: str) -> None:
     engine = make_engine(resolved(kind, loss={"kind": "wgan", "weight_clip": 0.01}))
     engine.step(batch_at(0))
-    for module in engine.recipe.D.modules():
+    used = engine.recipe.used_at(engine.recipe.schedule.final())["D"]
+    for module in (module for part in used for module in part.modules()):
         weight_gain, bias_gain = module.gains() if hasattr(module, "gains") else (1.0, 1.0)
         for name, p in module.named_parameters(recurse=False):
             assert (p * (bias_gain if name == "bias" else weight_gain)).abs().max() <= 0.01 * 1.0001
+
+
+@pytest.mark.parametrize("bounds", [{"loss": {"kind": "wgan"}}, {"network": {"spectral_norm": True}}])
+def test_levels_that_a_stage_does_not_use_are_not_bounded(bounds: dict[str, dict[str, object]]) -> None:
+    growth = GrowthConfig(start_res=8, stable_kimg=1.0, fade_kimg=1.0)
+    engine = make_engine(resolved("progan", growth=growth, **bounds))
+    before = {name: tensor.clone() for name, tensor in engine.recipe.D.state_dict().items()}
+    batch = batch_at(0)
+    engine.step(Batch(batch.images[:, ::2, ::2], batch.labels, batch.positions))
+    changed = {name for name, tensor in engine.recipe.D.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not [name for name in changed if name.startswith("b16")]
+    assert [name for name in changed if name.startswith("b8")]
 
 
 def test_the_generator_waits_for_its_critic() -> None:
@@ -134,7 +148,7 @@ def test_the_generator_waits_for_its_critic() -> None:
 def test_penalties_in_every_step_are_those_of_a_phase_of_their_own() -> None:
     """The gradient of D/main with R1 and R2 in it is the sum of that without and of theirs."""
 
-    def gradients(interval: int, gamma: float) -> dict[str, torch.Tensor]:
+    def gradients(interval: int | None, gamma: float) -> dict[str, torch.Tensor]:
         loss = {"kind": "relativistic", "r1_gamma": gamma, "r2_gamma": gamma, "r1_interval": interval}
         engine = make_engine(resolved("r3gan", loss=loss))
         found = {}
@@ -146,7 +160,7 @@ def test_penalties_in_every_step_are_those_of_a_phase_of_their_own() -> None:
                 found[phase.name] = engine.arenas["D"].grad.clone() / phase.weight
         return found
 
-    without, apart, together = gradients(1, 0.0), gradients(2, 1.0), gradients(1, 1.0)
+    without, apart, together = gradients(None, 0.0), gradients(2, 1.0), gradients(1, 1.0)
     assert apart.keys() == {"D/main", "D/r1_r2"}
     assert together.keys() == {"D/main"}
     torch.testing.assert_close(apart["D/main"], without["D/main"])
@@ -223,7 +237,19 @@ def test_labels_go_with_plain_networks(kind: str) -> None:
             {"growth": GrowthConfig(start_res=4, batch_sizes="4:8,4:9")},
             "4 px twice; expected each level once",
         ),
-        ("progan", {"loss": {"gp_target": 2.0}}, "--loss.gp-target 2.0: there is no gradient penalty"),
+        ("progan", {"loss": {"gp_target": 2.0}}, "--loss.gp-target 2: there is no gradient penalty"),
+        ("stylegan2", {"loss": {"pl_decay": 0.5, "pl_weight": 0.0}}, "--loss.pl-decay 0.5: path length is not regul"),
+        ("progan", {"loss": {"r1_interval": 4, "r1_gamma": 0.0}}, "--loss.r1-interval 4: there is neither R1 nor R2"),
+        (
+            "progan",
+            {"anneal": AnnealConfig(kimg=1.0, gamma=0.1), "loss": {"kind": "wgan-gp"}},
+            "--anneal.gamma 0.1: there is neither R1 nor R2; leave it out, or add --loss.r1-gamma",
+        ),
+        (
+            "r3gan",
+            {"network": {"mbstd_group_size": 8}},
+            "--network.mbstd-group-size 8: minibatch stddev is off; leave it out, or add --network.mbstd-channels 1",
+        ),
         ("progan", {"ema": EMAConfig(kimg=1.0, decay=0.9)}, "--ema.kimg 1 and --ema.decay 0.9: give one of them"),
         (
             "dcgan",

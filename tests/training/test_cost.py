@@ -59,9 +59,12 @@ def test_auto_takes_the_largest_micro_batch_that_fits(monkeypatch, c_dim):
     def build(device, batch_gpu):
         return trial(config, c_dim, device, batch_gpu)
 
+    def stages(batch_gpu):
+        return build(META, batch_gpu).schedule.stages()
+
     def choose(free_bytes):
         monkeypatch.setattr(probe, "free_memory", lambda device: free_bytes)
-        return probe.largest_batch_gpu(build, config, c_dim, 8, torch.device("cpu"))
+        return probe.largest_batch_gpu(build, stages, config, c_dim, 8, torch.device("cpu"))
 
     need = {n: estimate(build(META, n), c_dim, n).memory_bytes for n in (1, 2, 4, 8)}
     assert choose(10**12) == 8
@@ -76,7 +79,9 @@ def test_phases_are_timed_and_amortised():
     recipe = trial(config, 0, torch.device("cpu"), 8)
     engine = Engine(recipe, optim=config.optim, ema=config.ema)
     runs = []
-    seconds = time_phases(engine, *random_batch(engine, 16, 0), repeats=2, done=lambda: runs.append(1))
+    seconds = time_phases(
+        engine, *random_batch(engine, engine.recipe.schedule.final(), 0), repeats=2, done=lambda: runs.append(1)
+    )
     assert len(runs) == 3 * 4
     assert all(value > 0 for value in seconds.values())
     ones = dict.fromkeys(seconds, 1.0)

@@ -116,10 +116,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make_engin
     with torch.no_grad():
         broken.copy_(keep)
     for name, tensor in engine.state().items():
-        if name != "G.buffer.mapping.w_avg":  # G/main's latents were healthy, so it may have followed
+        if name == f"skipped.{phase}":
+            assert tensor.tolist() == [1, 1]
+        elif name != "G.buffer.mapping.w_avg":  # G/main's latents were healthy, so it may have followed
             assert torch.equal(tensor, before[name]), name
         assert tensor.isfinite().all(), name
-    assert engine.record.take_sums()[f"Gradient/{phase}/not_finite"].tolist() == [1.0, 1.0]
+    sums = engine.record.take_sums()
+    for statistic in ("not_finite", "skipped", "skipped_in_a_row"):
+        assert sums[f"Gradient/{phase}/{statistic}"].tolist() == [1.0, 1.0]
+
+    run(engine, batch_at(8), phase)
+    sums = engine.record.take_sums()
+    assert sums[f"Gradient/{phase}/skipped"].tolist() == [1.0, 1.0]
+    assert sums[f"Gradient/{phase}/skipped_in_a_row"].tolist() == [0.0, 1.0]
 
 
 def test_a_state_continues_to_the_bit(make_engine, batch_at):

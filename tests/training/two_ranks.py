@@ -44,9 +44,9 @@ def main(out: Path, losses: str) -> None:
         # Every phase in every step; the lazy correction is then k = 1, and the same for both runs.
         loss=LossConfig(
             r1_gamma=0.0 if losses == "path length" else 5.0,
-            r1_interval=2,
+            r1_interval=None if losses == "path length" else 2,
             pl_weight=0.0 if losses == "r1" else 2.0,
-            pl_interval=1,
+            pl_interval=LossConfig().pl_interval if losses == "r1" else 1,
             acgan_weight=1.0 if labelled else 0.0,
         ),
         growth=GrowthConfig(start_res=8, stable_kimg=0.008, fade_kimg=0.016) if losses == "growing" else GrowthConfig(),

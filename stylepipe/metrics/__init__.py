@@ -1,0 +1,1 @@
+"""Numbers that images are judged by."""
