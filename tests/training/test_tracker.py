@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import struct
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from stylepipe.errors import UserError
 from stylepipe.training import tracker as module
 from stylepipe.training.tracker import Tracker
 
+BLOCK = 32768
 CONFIG = {"res": 64, "network": {"z_dim": 512}}
 
 
@@ -50,7 +54,9 @@ def fill(kind: TrackerKind, accelerator: Accelerator, out: Path, **more: object)
     tracker.log_histogram("Logits/real", np.array([1.0, 2.0, np.nan]), 1000)
     tracker.log_histogram("Logits/fake", np.array([np.inf]), 1000)
     tracker.log_artifact(out / "grid.png")
+    tracker.alert("mode_collapse", "all images are alike", 1000)
     tracker.finish()
+    tracker.alert("mode_collapse", "after the end: ignored", 1000)
     tracker.log({"Loss/G/adversarial": 0.7}, 2000)  # after the end: ignored
     return tracker
 
@@ -77,7 +83,7 @@ def test_wandb_offline_keeps_everything_below_out_and_its_id_when_resumed(
     records = sorted((out / "wandb").glob(f"offline-run-*/run-{first.run_id}.wandb"))
     assert len(records) == 2
     content = b"".join(path.read_bytes() for path in records)
-    for name in (b"Loss/G/adversarial", b"Logits/real", b"z_dim"):
+    for name in (b"Loss/G/adversarial", b"Logits/real", b"z_dim", b"mode_collapse", b"all images are alike"):
         assert name in content
     assert b"Logits/fake" not in content
     pictures = list((out / "wandb").glob("offline-run-*/files/media/images/*.png"))
@@ -164,3 +170,65 @@ def test_only_the_main_process_logs(accelerator: Accelerator, tmp_path: Path, mo
     monkeypatch.setattr(type(accelerator), "is_main_process", property(lambda self: False))
     fill("wandb", accelerator, tmp_path / "run")
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def records_of(out: Path) -> Iterator[Any]:
+    """Read back what an offline run left for `wandb sync`: LevelDB's log format, after 7 bytes of a header."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted((out / "wandb").glob("offline-run-*/run-*.wandb")):
+        data, place, whole = path.read_bytes(), 7, b""
+        while place < len(data):
+            if (left := BLOCK - place % BLOCK) < 7:  # too little for the 7 bytes before a chunk: CRC, length, kind
+                place += left
+                continue
+            length, kind = struct.unpack_from("<HB", data, place + 4)
+            whole += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # a whole record, or the last chunk of one
+                record = wandb_internal_pb2.Record()
+                record.ParseFromString(whole)
+                whole = b""
+                yield record
+
+
+def test_wandb_draws_over_kimg_and_loses_nothing_where_a_run_goes_back(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    tracker = Tracker("wandb", accelerator, project="p", config=CONFIG, out=out)
+    for images_seen in (1000, 2000):
+        tracker.log({"Loss": images_seen / 1000}, images_seen)
+    tracker.alert("rollback", "back to 1 kimg", 1000)
+    tracker.rewind(1000)
+    for images_seen in (2000, 3000):
+        tracker.log({"Loss": images_seen / 1000 + 0.5}, images_seen)
+    tracker.finish()
+    records = list(records_of(out))
+    axes = {r.metric.glob_name: r.metric.step_metric for r in records if r.WhichOneof("record_type") == "metric"}
+    assert axes == {"*": "Progress/kimg"}
+    rows = [
+        {item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.WhichOneof("record_type") == "history"
+    ]
+    assert [(row["Progress/kimg"], row["Loss"]) for row in rows] == [(1, 1), (2, 2), (2, 2.5), (3, 3.5)]
+    (alert,) = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.text, alert.level) == ("rollback", "back to 1 kimg", "WARN")
+
+
+def test_tensorboard_drops_what_a_run_goes_back_over(accelerator: Accelerator, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker("tensorboard", accelerator, project="p", config=CONFIG, out=tmp_path)
+    for images_seen in (1000, 2000):
+        tracker.log({"Loss": 0.5}, images_seen)
+    tracker.rewind(1000)
+    tracker.alert("rollback", "back to 1 kimg", 1000)
+    tracker.log({"Loss": 0.25}, 3000)
+    tracker.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("Loss")] == [(1000, 0.5), (3000, 0.25)]
+    assert "Alarm/rollback/text_summary" in events.Tags()["tensors"]
