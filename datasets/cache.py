@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.labels import find_labels
-from stylepipe.datasets.levels import LevelsWriter, build_levels, encode_levels, level_resolutions
-from stylepipe.datasets.manifest import FORMAT_VERSION, Manifest
+from stylepipe.datasets.levels import DatasetWriter, build_levels, encode_levels, level_resolutions
+from stylepipe.datasets.manifest import FORMAT_VERSION, FileRecord, Manifest
 from stylepipe.datasets.photos import encode, printable
-from stylepipe.datasets.prepare import check_resolution, find_photos, prepare, tool_versions
+from stylepipe.datasets.preparation import Preparation, check_resolution
+from stylepipe.datasets.prepare import prepare, tool_versions
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import LEVELS_FOLDER, is_prepared, open_dataset, stored_levels
-from stylepipe.datasets.writer import ShardWriter, new_dataset_folder
+from stylepipe.datasets.shards import is_prepared, open_dataset, stored_levels
+from stylepipe.datasets.sources.opening import open_source
+from stylepipe.datasets.writer import new_dataset_folder
 from stylepipe.errors import UserError
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
@@ -44,7 +47,6 @@ def dataset_for_training(
     resolution: int,
     *,
     workers: int | None = None,
-    upscale: bool = False,
     labels: bool = False,
     levels: int | None = None,
     progress: bool = True,
@@ -54,11 +56,10 @@ def dataset_for_training(
     Several processes may call it at once: one prepares, the others wait for it and use the result.
 
     Args:
-        data: a prepared folder (returned as it is), a folder of photographs (prepared into the cache, and again only
-            when its files or the options change), or None for the built-in drawn faces.
+        data: a prepared folder (returned as it is), photographs as `open_source` takes them (prepared into the cache,
+            and again only when its files or the options change), or None for the built-in drawn faces.
         resolution: of the images, in pixels.
         workers: processes that prepare; default one per core.
-        upscale: also take photographs smaller than `resolution`.
         labels: the training needs labels: those of a prepared folder, or as `prepare` finds them for photographs.
         levels: the training also needs the images at smaller resolutions, from this one up (a power of two, 4 or
             more). A folder prepared now gets them in the same pass; ask `levels_for_training` for them.
@@ -78,7 +79,8 @@ def dataset_for_training(
         if not open_dataset(data, resolution).c_dim and labels:
             raise UserError(f"{data}: has no labels; prepare it again with --labels, or train without --cond")
         return data
-    return _built_once(*_photographs(data, resolution, workers, upscale, labels, with_levels, progress))
+    how = Preparation(resolution, labels=labels, levels=with_levels)
+    return _built_once(*_photographs(data, how, workers, progress))
 
 
 def levels_for_training(path: Path, lowest: int, *, workers: int | None = None, progress: bool = True) -> Path:
@@ -105,15 +107,14 @@ def levels_for_training(path: Path, lowest: int, *, workers: int | None = None, 
 
 
 def label_dimensions(photographs: str | Path | None) -> int:
-    """Return the c_dim that a folder of photographs will have when it is prepared with labels.
+    """Return the c_dim that photographs will have when they are prepared with labels.
 
     Raises:
         UserError: it has none, they do not fit, or None is given: the drawn faces have none.
     """
     if photographs is None:
         raise UserError(_DRAWN_WITHOUT_LABELS)
-    photos = find_photos(Path(photographs))
-    return find_labels(photos.root, photos.files, photos.skipped).c_dim
+    return find_labels(open_source(photographs)).c_dim
 
 
 def cache_folder() -> Path:
@@ -124,28 +125,16 @@ def cache_folder() -> Path:
 
 
 def _photographs(
-    source: Path, resolution: int, workers: int | None, upscale: bool, labels: bool, levels: bool, progress: bool
+    path: Path, how: Preparation, workers: int | None, progress: bool
 ) -> tuple[str, Callable[[Path], object]]:
-    """Return the cache key of a folder of photographs and how to prepare it."""
-    photos = find_photos(source)
-    stamp = hashlib.sha256(_options_stamp(resolution, upscale, labels))
-    for name in photos.files:
-        try:
-            status = os.stat(source / name)
-        except OSError:  # gone since it was listed: preparing will tell
-            continue
-        stamp.update(b"\0%s\0%d\0%d" % (os.fsencode(name), status.st_size, status.st_mtime_ns))
-    build = partial(
-        prepare,
-        source,
-        resolution=resolution,
-        workers=workers,
-        upscale=upscale,
-        labels=labels,
-        levels=levels,
-        progress=progress,
-    )
-    return f"{_file_name(source.resolve().name)}-{resolution}-{stamp.hexdigest()[:16]}", build
+    """Return the cache key of photographs and how to prepare them."""
+    source = open_source(path)
+    # Levels are beside what the key stands for: they are made when they are missing.
+    stamp = hashlib.sha256(_options_stamp(asdict(replace(how, levels=False))))
+    for part in source.stamps():
+        stamp.update(part)
+    build = partial(prepare, source, how=how, workers=workers, progress=progress)
+    return f"{_file_name(path.resolve().stem)}-{how.res}-{stamp.hexdigest()[:16]}", build
 
 
 def _file_name(name: str) -> str:
@@ -205,25 +194,14 @@ def _draw_dataset(out: Path, *, resolution: int, workers: int | None, levels: bo
     draw = partial(_draw, resolution=resolution, levels=levels)
     smaller = level_resolutions(resolution) if levels else []
     faces = chain.from_iterable(map_in_order(draw, in_tasks(count, _FACES_PER_TASK), workers or available_cpus()))
-    with (
-        new_dataset_folder(out) as folder,
-        ShardWriter(folder, _DRAWN_FORMAT) as writer,
-        LevelsWriter(folder / LEVELS_FOLDER, smaller, _DRAWN_FORMAT) as levels_writer,
-    ):
-        for face, *averages in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
+    with new_dataset_folder(out) as folder, DatasetWriter(folder, smaller) as writer:
+        for face in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
             writer.add(face)
-            levels_writer.add(averages)
-        manifest = Manifest(
-            name="drawn",
-            count=count,
-            resolution=resolution,
-            image_format=_DRAWN_FORMAT,
-            index=writer.finish(),
-            shards=tuple(writer.shards),
-            tool=tool_versions(),
-        )
-        levels_writer.finish(manifest)
-        writer.save_manifest(manifest)
+
+        def describe(index: FileRecord) -> Manifest:
+            return Manifest("drawn", count, resolution, _DRAWN_FORMAT, index, shards=(), tool=tool_versions())
+
+        writer.finish(describe)
 
 
 def _draw(indices: range, *, resolution: int, levels: bool) -> list[list[bytes]]:

@@ -1,9 +1,11 @@
-"""Where the labels of photographs come from: a label file beside them, or else the folders they lie in.
+"""Where the labels of photographs come from: a label file, or labels beside each, or else the folders they lie in.
 
 The label file is the widespread `dataset.json`, at the top of the photographs:
 
     {"labels": [["sub/0001.png", 3], ["sub/0002.png", 0], ...]}               class numbers
     {"labels": [["sub/0001.png", [0.1, -0.7]], ...]}                          vectors, all of one length
+
+WebDataset shards have each label beside its image: a class number in `.cls`, or JSON of a number or a list in `.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,16 @@ import numpy.typing as npt
 
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import is_image, printable
+from stylepipe.datasets.sources import Source
 from stylepipe.errors import UserError
 
 LABEL_FILE = "dataset.json"
 
 Vector = npt.NDArray[np.float32]
 Label = int | Vector
+
+_SPLITS = ("train", "training", "val", "valid", "validation", "test")
+_LISTED = 20  # names that a message lists
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 
@@ -59,50 +64,69 @@ class Labels:
         return [name for number, name in enumerate(self.classes or ()) if number not in numbers]
 
 
-def find_labels(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) -> Labels:
-    """Read the labels of the photographs in a folder: from its `dataset.json`, or else from its sub-folders' names.
+def find_labels(source: Source) -> Labels:
+    """Read the labels of photographs: from `dataset.json`, from beside each, or else from the sub-folders' names.
 
-    With a label file, class numbers are 0, 1, 2, ... without gaps, and are the names of the classes; each image must
-    have a label and each label its file. Without one, each top-level sub-folder that holds files is a class, in the
-    order of their names' bytes, and files beside them are skipped.
-
-    Args:
-        source: the folder.
-        files: names of its files, relative to it.
-        left_out: what the folder holds besides; the label file may name it.
+    With labels that are written down, class numbers are 0, 1, 2, ... without gaps, and are the names of the classes;
+    each image must have a label and each label its file. Without, each top-level sub-folder that holds files is a
+    class, in the order of their names' bytes, and files beside them are skipped. Where the top-level ones are but the
+    splits of a data set (train, validation, test), those below them are the classes.
 
     Raises:
         UserError: there is neither; the label file is something else, names a file that is not there or twice, misses
             an image, or has labels that are negative, with gaps, not finite, or not all of one kind and length.
     """
-    if LABEL_FILE in files:
-        return _from_file(source, files, left_out)
-    classes = sorted({name.split(os.sep, 1)[0] for name in files if os.sep in name}, key=os.fsencode)
+    if LABEL_FILE in source.files:
+        return _from_file(source)
+    beside = {name: text for name in source.files if (text := source.label_of(name)) is not None}
+    if beside:
+        return _from_beside(source, beside)
+    depth = 1 if all(name.split("/")[0] in _SPLITS for name in source.files) else 0
+    class_of = {name: parts[depth] for name in source.files if len(parts := name.split("/")) > depth + 1}
+    classes = sorted(set(class_of.values()), key=os.fsencode)
     if not classes:
         raise UserError(
-            f"{source}: has no {LABEL_FILE} and no sub-folders to take labels from; make one per class, or leave out "
-            f"--labels (--cond in training)"
+            f"{source.path}: has no {LABEL_FILE} and no sub-folders to take labels from; make one per class, or leave "
+            f"out --labels (--cond in training)"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     return Labels(
-        {name: numbers[name.split(os.sep, 1)[0]] for name in files if os.sep in name},
+        {name: numbers[class_name] for name, class_name in class_of.items()},
         tuple(map(printable, classes)),
         tuple(
             Skipped(printable(name), "without a class", "lies outside the sub-folders")
-            for name in files
-            if os.sep not in name
+            for name in source.files
+            if name not in class_of
         ),
     )
 
 
-def _from_file(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) -> Labels:
-    path = source / LABEL_FILE
-    entries = _entries(path)
+def _from_beside(source: Source, beside: Mapping[str, bytes]) -> Labels:
+    """Return the labels that lie beside the images of shards."""
+    missed = [name for name in source.files if name not in beside]
+    if missed:
+        raise UserError(
+            f"{source.path}: no label lies beside {_listed(missed)}, though others have one; label every image, or "
+            f"leave out --labels (--cond in training)"
+        )
+    labels = {}
+    for name, text in beside.items():
+        try:
+            labels[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            labels[name] = text.decode("utf-8", "backslashreplace")  # which `_checked` refuses by name
+    of_file, classes = _checked(str(source.path), labels)
+    return Labels(of_file, classes, ())
+
+
+def _from_file(source: Source) -> Labels:
+    files, path = source.files, f"{source.path}/{LABEL_FILE}"
+    entries = _entries(source, path)
     twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if twice:
         raise UserError(f"{path}: names more than once: {_listed(twice)}; leave one label for each")
     labels = dict(entries)
-    there = {*files, *(skipped.file for skipped in left_out)}
+    there = {*files, *(skipped.file for skipped in source.skipped)}
     absent = [name for name in labels if name not in there]
     if absent:
         raise UserError(
@@ -110,7 +134,7 @@ def _from_file(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) 
             "expected the paths of its photographs, relative to it"
         )
     without = [name for name in files if name not in labels and name != LABEL_FILE]
-    missed = [name for name in without if is_image(source / name)]
+    missed = [name for name in without if is_image(source.read(name))]
     if missed:
         raise UserError(
             f"{path}: has no label for {_listed(missed)}; "
@@ -121,11 +145,11 @@ def _from_file(source: Path, files: Sequence[str], left_out: Sequence[Skipped]) 
     return Labels(of_file, classes, tuple(unreadable))
 
 
-def _entries(path: Path) -> list[tuple[str, Any]]:
+def _entries(source: Source, path: str) -> list[tuple[str, Any]]:
     """Return (name, label as it stands there) of a label file."""
     form = '{"labels": [["sub/0001.png", 3], ...]}'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(source.read(LABEL_FILE).decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -139,7 +163,7 @@ def _entries(path: Path) -> list[tuple[str, Any]]:
     return [(name, label) for name, label in entries]
 
 
-def _checked(path: Path, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label], tuple[str, ...] | None]:
+def _checked(path: str, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label], tuple[str, ...] | None]:
     """Return labels of one kind, and the names of the classes if they are numbers."""
     first, kind = "", None
     for name, label in labels.items():
@@ -190,4 +214,5 @@ def _short(value: Any) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return printable(names[0]) + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+    listed = ", ".join(map(printable, names[:_LISTED]))
+    return listed + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")

@@ -9,7 +9,7 @@ decodes 1024 px.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from stylepipe.datasets.manifest import LEVEL_OF, Manifest
+from stylepipe.datasets.manifest import LEVEL_OF, FileRecord, Manifest
 from stylepipe.datasets.photos import encode
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import ShardDataset, level_folder
+from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, level_folder
 from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
 from stylepipe.errors import UserError
 
@@ -65,8 +65,44 @@ def encode_levels(pixels: npt.NDArray[np.uint8], image_format: str) -> list[byte
 
 
 def level_format(resolution: int, image_format: str) -> str:
-    """Return the format of a level of images in `image_format`: theirs, or raw pixels where it is small."""
-    return image_format if resolution > _LARGEST_RAW else "ppm"
+    """Return the format of a level of images in `image_format`: theirs (of kept files png), or bare pixels if small."""
+    if resolution <= _LARGEST_RAW:
+        return "ppm"
+    return "png" if image_format == "keep" else image_format
+
+
+class DatasetWriter:
+    """Writes a dataset into a folder: its images and labels, and their smaller levels if asked for.
+
+    Used as a context manager; `finish` writes the manifests, which declare it whole.
+
+    Attributes:
+        full: what writes the images themselves.
+    """
+
+    def __init__(self, folder: Path, levels: Sequence[int] = (), shard_bytes: int = SHARD_BYTES) -> None:
+        self.full = ShardWriter(folder, shard_bytes)
+        self._levels = LevelsWriter(folder / LEVELS_FOLDER, levels, shard_bytes)
+
+    def add(self, images: Sequence[bytes], label: int | npt.NDArray[np.float32] | None = None) -> None:
+        """Append one image, as `[full, *encode_levels(...)]`, and its label (see `ShardWriter.add`)."""
+        full, *averages = images
+        self.full.add(full, label)
+        self._levels.add(averages, label)
+
+    def finish(self, describe: Callable[[FileRecord], Manifest]) -> Manifest:
+        """Close all files and write the manifests; `describe` gives that of the images, from the index's record."""
+        manifest = replace(describe(self.full.finish()), shards=tuple(self.full.shards), labels=self.full.labels)
+        self._levels.finish(manifest)
+        self.full.save_manifest(manifest)
+        return manifest
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.full.__exit__(kind, error, at)
+        self._levels.__exit__(kind, error, at)
 
 
 class LevelsWriter:
@@ -75,15 +111,12 @@ class LevelsWriter:
     Used as a context manager. Without `resolutions` it does nothing.
     """
 
-    def __init__(
-        self, levels: Path, resolutions: Sequence[int], image_format: str, shard_bytes: int = SHARD_BYTES
-    ) -> None:
+    def __init__(self, levels: Path, resolutions: Sequence[int], shard_bytes: int = SHARD_BYTES) -> None:
         self._writers: dict[int, ShardWriter] = {}
-        self._image_format = image_format
         for resolution in resolutions:
             folder = level_folder(levels, resolution)
             folder.mkdir(parents=True)
-            self._writers[resolution] = ShardWriter(folder, level_format(resolution, image_format), shard_bytes)
+            self._writers[resolution] = ShardWriter(folder, shard_bytes)
 
     def add(self, images: Sequence[bytes], label: int | npt.NDArray[np.float32] | None = None) -> None:
         """Append one image at every level, as from `encode_levels`, and its label (see `ShardWriter.add`)."""
@@ -97,7 +130,7 @@ class LevelsWriter:
             manifest = replace(
                 parent,
                 resolution=resolution,
-                image_format=level_format(resolution, self._image_format),
+                image_format=level_format(resolution, parent.image_format),
                 index=index,
                 shards=tuple(writer.shards),
                 labels=writer.labels,
@@ -134,10 +167,10 @@ def build_levels(dataset: ShardDataset, out: Path, *, workers: int | None = None
     averages = chain.from_iterable(map_in_order(average, tasks, min(workers or available_cpus(), len(tasks))))
     images = with_progress(averages, len(dataset), f"averaging {dataset.name} for lower resolutions", progress)
     resolutions = level_resolutions(dataset.resolution)
-    shard_bytes = int(manifest.options.get("shard_bytes", SHARD_BYTES))
+    shard_bytes = int(manifest.options.get("shard_mb", SHARD_BYTES / 2**20) * 2**20)
     with (
         new_dataset_folder(out) as folder,
-        LevelsWriter(folder, resolutions, manifest.image_format, shard_bytes) as writer,
+        LevelsWriter(folder, resolutions, shard_bytes) as writer,
     ):
         for sample, levels in enumerate(images):
             writer.add(levels, dataset.label(sample))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT_NAME = "stylepipe-shards"
-FORMAT_VERSION = 1
-VECTORS_FORMAT_VERSION = 2  # that of a folder with labels.npy, which a reader of version 1 would not see
+FORMAT_VERSION = 3  # 1 and 2 have no CRC in the index; 1 has no key for labels.npy
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.npy"
 LABELS_FILE = "labels.npy"
@@ -61,10 +60,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
-        version = FORMAT_VERSION if self.labels is None else VECTORS_FORMAT_VERSION
-        values = {"format": FORMAT_NAME, "format_version": version, **asdict(self)}
-        if self.labels is None:  # version 1 has no such key
-            del values["labels"]
+        values = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -76,14 +72,15 @@ class Manifest:
         if values.pop("format") != FORMAT_NAME:
             raise ValueError(f"its format is not {FORMAT_NAME}")
         version = values.pop("format_version")
-        if version not in (FORMAT_VERSION, VECTORS_FORMAT_VERSION):
-            newest = VECTORS_FORMAT_VERSION
-            raise ValueError(f"it has format version {version!r}, and this stylepipe reads versions up to {newest}")
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"it has format version {version!r}, and this stylepipe reads versions up to {FORMAT_VERSION}"
+            )
         values["index"] = FileRecord(**values["index"])
-        if version == VECTORS_FORMAT_VERSION:
+        if values.get("labels") is not None:
+            if version == 1:
+                raise ValueError("it names labels, which format version 1 has not")
             values["labels"] = FileRecord(**values["labels"])
-        elif "labels" in values:
-            raise ValueError(f"it names labels, which format version {version} has not")
         values["shards"] = tuple(FileRecord(**record) for record in values["shards"])
         values["skipped"] = tuple(Skipped(**record) for record in values["skipped"])
         if values["classes"] is not None:

@@ -1,7 +1,7 @@
 """From any image file to a square of 8-bit sRGB pixels.
 
-What is done, in this order: first frame; EXIF orientation; centre crop; colours to 8-bit sRGB (16-bit values scaled,
-not clipped; the embedded ICC profile applied; transparency laid over white); Lanczos to the resolution.
+What is done, in this order: first frame; EXIF orientation; crop; colours to 8-bit sRGB (16-bit values scaled, not
+clipped; the embedded ICC profile applied; transparency laid over a colour); Lanczos to the resolution.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import warnings
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from stylepipe.datasets.preparation import Preparation
 
 Image.init()  # all formats, so that `formats` below can name them
 # PostScript is a program, which Pillow would have Ghostscript run.
@@ -28,6 +29,7 @@ _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "ppm": {"format": "PPM"},
 }
 _SIXTEEN_BIT = 65535
+_ORIENTATION = 0x0112  # of EXIF
 
 
 class SkippedPhotoError(Exception):
@@ -39,23 +41,41 @@ class SkippedPhotoError(Exception):
         self.detail = detail
 
 
-def read_square(path: Path, resolution: int, upscale: bool = False) -> Image.Image:
-    """Return the photograph as a square RGB image of `resolution` pixels.
+class Square(NamedTuple):
+    """A photograph as it is stored.
 
-    Raise SkippedPhotoError where it cannot be read, or where its shorter side is below `resolution` and not `upscale`.
+    Attributes:
+        image: RGB, of the resolution.
+        unchanged: nothing was done to its pixels, and the file is one that training reads.
+        lossy: the file was a JPEG.
+    """
+
+    image: Image.Image
+    unchanged: bool
+    lossy: bool
+
+
+def read_square(data: bytes, how: Preparation) -> Square:
+    """Return a photograph as a square.
+
+    Args:
+        data: the file.
+        how: resolution, crop, smallest side and background.
+
+    Raises:
+        SkippedPhotoError: it cannot be read, is too small, or is no square where one is expected.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below; opened apart to tell a bad file from bad pixels)
-    except OSError as error:
-        raise SkippedPhotoError("unreadable", error.strerror or str(error)) from error
-    try:
         # Pillow's warnings (odd metadata, many pixels) say nothing about whether the pixels are good.
-        with file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as image:
-                if min(image.size) < resolution and not upscale:
-                    raise SkippedPhotoError(f"smaller than {resolution} px", f"{image.width}x{image.height}")
-                square = to_srgb(_centre_square(_oriented(image)))
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                if min(image.size) < how.smallest:
+                    raise SkippedPhotoError(f"smaller than {how.smallest} px", f"{image.width}x{image.height}")
+                if how.crop == "none" and image.width != image.height:
+                    raise SkippedPhotoError("not square", f"{image.width}x{image.height}")
+                unchanged, lossy = _needs_no_change(image, how.res), image.format == "JPEG"
+                square = to_srgb(_centre_square(_oriented(image)), how.background_rgb)
     except (SkippedPhotoError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -64,16 +84,16 @@ def read_square(path: Path, resolution: int, upscale: bool = False) -> Image.Ima
         raise SkippedPhotoError("unreadable", "too many pixels (a decompression bomb?)") from error
     except Exception as error:  # decoders raise anything at all on broken files
         raise SkippedPhotoError("unreadable", " ".join(str(error).split()) or type(error).__name__) from error
-    if square.width == resolution:
-        return square
-    return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    if square.width != how.res:
+        square = square.resize((how.res, how.res), Image.Resampling.LANCZOS)
+    return Square(square, unchanged, lossy)
 
 
-def is_image(path: Path) -> bool:
+def is_image(data: bytes) -> bool:
     """Tell by its header whether a file is an image of a format that `read_square` takes."""
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=_FORMATS):
+        with Image.open(io.BytesIO(data), formats=_FORMATS):
             return True
     return False
 
@@ -90,8 +110,8 @@ def encode(image: Image.Image, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB in sRGB, transparency composited over white.
+def to_srgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB in sRGB, transparency composited over `background`.
 
     Raise SkippedPhotoError for numbers without a defined range (32-bit integers, floats outside [0, 1]).
     """
@@ -106,7 +126,21 @@ def to_srgb(image: Image.Image) -> Image.Image:
     colours = _managed(image, profile)
     if alpha is None:
         return colours
-    return Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
+    return Image.composite(colours, Image.new("RGB", image.size, background), alpha)
+
+
+def _needs_no_change(image: Image.Image, resolution: int) -> bool:
+    """Tell whether training can take a file as it is: see `Square.unchanged`."""
+    profile = image.info.get("icc_profile")
+    return (
+        image.format in ("JPEG", "PNG")
+        and image.mode in ("RGB", "L")
+        and image.size == (resolution, resolution)
+        and getattr(image, "n_frames", 1) == 1
+        and not image.has_transparency_data
+        and (not profile or _srgb_transform(profile, image.mode) is None)
+        and image.getexif().get(_ORIENTATION, 1) == 1
+    )
 
 
 def _oriented(image: Image.Image) -> Image.Image:

@@ -1,17 +1,14 @@
-"""From a folder of photographs to a prepared dataset.
+"""From photographs to a prepared dataset.
 
-The folder is walked and sorted first; worker processes decode, crop, resize and encode; this process writes what they
-return, in order. So the dataset is the same to the byte for any number of workers.
+The source is listed and put into one order first; worker processes decode, crop, resize and encode; this process writes
+what they return, in order. So the dataset is the same to the byte for any number of workers.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
-import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,142 +16,92 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from stylepipe.config import MAX_RES, MIN_RES
-from stylepipe.datasets.labels import Labels, find_labels
-from stylepipe.datasets.levels import LevelsWriter, encode_levels, level_resolutions
-from stylepipe.datasets.manifest import Manifest, Skipped
-from stylepipe.datasets.photos import SkippedPhotoError, encode, printable, read_square
+from stylepipe.datasets import order
+from stylepipe.datasets.labels import LABEL_FILE, Labels, find_labels
+from stylepipe.datasets.levels import DatasetWriter, encode_levels, level_resolutions
+from stylepipe.datasets.manifest import FileRecord, Manifest, Skipped
+from stylepipe.datasets.photos import SkippedPhotoError, Square, encode, printable, read_square
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.shards import FOREIGN_TARS, LEVELS_FOLDER, is_prepared
-from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
+from stylepipe.datasets.sources import Source
+from stylepipe.datasets.sources.opening import open_source
+from stylepipe.datasets.writer import new_dataset_folder
 from stylepipe.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_FORMATS = ("png", "jpeg")
-
-
-@dataclass(frozen=True)
-class Photos:
-    """The files of a folder: names relative to `root`, sorted by their bytes, and what is left out unread."""
-
-    root: Path
-    files: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
-    resolution: int,
+    how: Preparation,
     *,
     workers: int | None = None,
-    image_format: str = "png",
-    upscale: bool = False,
-    labels: bool = False,
-    levels: bool = False,
-    shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> Manifest:
-    """Turn the photographs below `source` into shards of square images in the new folder `out`.
+    """Turn photographs into shards of square images in the new folder `out`.
 
     Args:
-        source: searched recursively, through symbolic links too. Hidden files and folders are left out.
+        source: a folder, zip, tar, folder of WebDataset shards or LMDB (see `open_source`), or one that is open.
         out: must not exist, or be empty; it appears when it is whole.
-        resolution: height and width of the images, a power of two from 8 to 1024.
+        how: what is done to each, and how it is stored.
         workers: processes; default one per core. They do not change the result.
-        image_format: `png` (lossless) or `jpeg` (quality 95, 4:4:4; a quarter of the size, decoded faster).
-        upscale: enlarge photographs whose shorter side is below `resolution`; otherwise they are skipped.
-        labels: label the images: from `dataset.json` in `source`, or else by the top-level sub-folder (see labels.py).
-        levels: store the images also at every power of two from 4 px to half of `resolution` (see levels.py), for
-            progressive growing. Nothing else in `out` depends on it.
-        shard_bytes: size at which the next shard is begun.
         progress: show a progress bar where stderr is a terminal.
 
     Returns:
         The manifest. Every file that gave no image is in its `skipped`, with the reason.
 
     Raises:
-        UserError: a bad option, no readable photograph, labels that do not fit, or `out` cannot be written.
+        UserError: a bad option, no readable photograph, too many unreadable ones, labels that do not fit, or `out`
+            cannot be written.
     """
-    source, out = Path(source), Path(out)
-    check_resolution(resolution)
-    if image_format not in _FORMATS:
-        raise UserError(f"--format {image_format}: expected one of {', '.join(_FORMATS)}")
+    out = Path(out)
+    how.check()
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expected 1 or more")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"OUT {out} lies inside SOURCE {source}; name a folder outside it")
-    photos = find_photos(source)
-    found = find_labels(source, photos.files, photos.skipped) if labels else Labels({}, None, ())
-    if labels:
-        photos = replace(photos, files=tuple(name for name in photos.files if name in found.of_file))
-
-    skipped = [*photos.skipped, *found.skipped]
-    smaller = level_resolutions(resolution) if levels else []
-    with (
-        new_dataset_folder(out) as folder,
-        ShardWriter(folder, image_format, shard_bytes) as writer,
-        LevelsWriter(folder / LEVELS_FOLDER, smaller, image_format, shard_bytes) as levels_writer,
-    ):
-        results = _converted(photos, resolution, image_format, upscale, levels, workers or available_cpus())
-        results = with_progress(results, len(photos.files), f"preparing {source.name or source}", progress)
-        for name, result in zip(photos.files, results, strict=True):
+    path = Path(source) if isinstance(source, str | Path) else source.path
+    if out.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"OUT {out} lies inside SOURCE {path}; name a folder outside it")
+    if isinstance(source, str | Path):
+        source = open_source(source)
+    labels = find_labels(source) if how.labels else Labels({}, None, ())
+    files = [name for name in source.files if (name in labels.of_file if how.labels else name != LABEL_FILE)]
+    files = [files[index] for index in order.image_ids(np.arange(len(files)), len(files), how.shuffle_seed)]
+    bad = _Bad(path, how.max_bad)
+    skipped = [*source.skipped, *labels.skipped]
+    for item in skipped:
+        bad.note(item)
+    levels = level_resolutions(how.res) if how.levels else []
+    with new_dataset_folder(out) as folder, DatasetWriter(folder, levels, how.shard_bytes) as writer:
+        results = _converted(source, files, how, workers or available_cpus())
+        results = with_progress(results, len(files), f"preparing {path.name or path}", progress)
+        for name, result in zip(files, results, strict=True):
             if isinstance(result, Skipped):
                 skipped.append(result)
+                bad.note(result)
             else:
-                full, *averages = result
-                writer.add(full, found.of_file.get(name))
-                levels_writer.add(averages, found.of_file.get(name))
-        if not writer.count:
-            raise UserError(_none_usable(source, skipped))
-        if empty := found.empty_classes(writer.classes_seen):
-            log.warning("%s: none of the photographs gives an image of class %s", source, ", ".join(empty))
-        manifest = Manifest(
-            name=printable(source.resolve().name) or "photographs",
-            count=writer.count,
-            resolution=resolution,
-            image_format=image_format,
-            index=writer.finish(),
-            shards=tuple(writer.shards),
-            labels=writer.labels,
-            classes=found.classes,
-            skipped=tuple(sorted(skipped, key=lambda s: s.file)),
-            options={"upscale": upscale, "labels": labels, "shard_bytes": shard_bytes},
-            tool=tool_versions(),
-        )
-        levels_writer.finish(manifest)
-        writer.save_manifest(manifest)
-    return manifest
+                writer.add(result, labels.of_file.get(name))
+        if not writer.full.count:
+            raise UserError(_none_usable(path, skipped))
+        if empty := labels.empty_classes(writer.full.classes_seen):
+            log.warning("%s: none of the photographs gives an image of class %s", path, ", ".join(empty))
 
+        def describe(index: FileRecord) -> Manifest:
+            return Manifest(
+                name=printable(path.resolve().stem) or "photographs",
+                count=writer.full.count,
+                resolution=how.res,
+                image_format=how.format,
+                index=index,
+                shards=(),
+                classes=labels.classes,
+                skipped=tuple(sorted(skipped, key=lambda s: s.file)),
+                options=how.recorded(),
+                tool=tool_versions(),
+            )
 
-def find_photos(source: Path) -> Photos:
-    """List every file below a folder; raise UserError where it is missing, empty or a prepared dataset.
-
-    Any file may be an image, whatever its name. Hidden ones (`.DS_Store`, AppleDouble's `._*`), special files, loops of
-    links and folders that cannot be listed are `skipped`.
-    """
-    if not source.exists():
-        raise UserError(f"{source}: no such folder; expected a folder of photographs")
-    if not source.is_dir():
-        raise UserError(f"{source}: is a file; expected a folder of photographs")
-    if is_prepared(source):
-        raise UserError(f"{source}: is a prepared dataset already; train on it with --data {source}")
-    found = list(_walk(source, "", ()))
-    files = sorted((item for item in found if isinstance(item, str)), key=os.fsencode)
-    if not files:
-        left_out = f" but {found[0].file}, which is skipped" if found and isinstance(found[0], Skipped) else ""
-        raise UserError(f"{source}: holds no files{left_out}; expected a folder of photographs")
-    if all(name.endswith(".tar") for name in files):
-        raise UserError(f"{source}: {FOREIGN_TARS}")
-    return Photos(source, tuple(files), tuple(item for item in found if isinstance(item, Skipped)))
-
-
-def check_resolution(resolution: int) -> None:
-    """Raise UserError unless it is a power of two from 8 to 1024."""
-    if not MIN_RES <= resolution <= MAX_RES or resolution & (resolution - 1):
-        raise UserError(f"--res {resolution}: expected a power of two from {MIN_RES} to {MAX_RES}")
+        return writer.finish(describe)
 
 
 def tool_versions() -> dict[str, str]:
@@ -162,69 +109,61 @@ def tool_versions() -> dict[str, str]:
     return {"stylepipe": importlib.metadata.version("stylepipe"), "pillow": PIL.__version__}
 
 
-def _walk(root: Path, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str | Skipped]:
-    """Yield the relative name of every file below root/below, or why an entry is left out."""
-    try:
-        here = os.stat(root / below)
-        entries = list(os.scandir(root / below))
-    except OSError as error:
-        yield Skipped(printable(below), "unreadable", error.strerror or str(error))
-        return
-    if (here.st_dev, here.st_ino) in ancestors:
-        yield Skipped(printable(below), "loop", "a symbolic link to a folder that holds it")
-        return
-    for entry in entries:
-        name = os.path.join(below, entry.name)
-        if entry.name.startswith("."):
-            yield Skipped(printable(name), "hidden")
-            continue
-        try:
-            mode = entry.stat().st_mode  # follows links
-        except OSError as error:
-            yield Skipped(printable(name), "unreadable", error.strerror or str(error))
-            continue
-        if stat.S_ISDIR(mode):
-            yield from _walk(root, name, (*ancestors, (here.st_dev, here.st_ino)))
-        elif stat.S_ISREG(mode):
-            yield name
-        else:
-            yield Skipped(printable(name), "not a file")
+class _Bad:
+    """Counts files that cannot be read, and gives up when they are too many."""
+
+    def __init__(self, source: Path, most: int | None) -> None:
+        self._source, self._most, self._count = source, most, 0
+
+    def note(self, skipped: Skipped) -> None:
+        self._count += skipped.reason in ("unreadable", "damaged archive")
+        if self._most is not None and self._count > self._most:
+            raise UserError(
+                f"--max-bad {self._most}: {self._source} has more files that cannot be read, the last one found is "
+                f"{skipped.file} ({skipped.detail}); mend or remove them, or allow more"
+            )
 
 
-def _converted(
-    photos: Photos, resolution: int, image_format: str, upscale: bool, levels: bool, workers: int
-) -> Iterator[list[bytes] | Skipped]:
+def _converted(source: Source, files: Sequence[str], how: Preparation, workers: int) -> Iterator[list[bytes] | Skipped]:
     """Yield the encoded image of each file and its levels, if asked for, or why there is none, in the files' order."""
-    convert = partial(
-        _convert, root=photos.root, resolution=resolution, image_format=image_format, upscale=upscale, levels=levels
-    )
+    convert = partial(_convert, source=source, how=how)
     # Small tasks also where there are few files, so that every worker has some.
-    size = min(task_size(resolution), -(-len(photos.files) // workers))
-    tasks = [photos.files[r.start : r.stop] for r in in_tasks(len(photos.files), size)]
+    size = min(task_size(how.res), max(1, -(-len(files) // workers)))
+    tasks = [files[r.start : r.stop] for r in in_tasks(len(files), size)]
     yield from chain.from_iterable(map_in_order(convert, tasks, min(workers, len(tasks))))
 
 
-def _convert(
-    names: Sequence[str], *, root: Path, resolution: int, image_format: str, upscale: bool, levels: bool
-) -> list[list[bytes] | Skipped]:
+def _convert(names: Sequence[str], *, source: Source, how: Preparation) -> list[list[bytes] | Skipped]:
     """Do one task, in a worker."""
     results: list[list[bytes] | Skipped] = []
     for name in names:
         try:
-            image = read_square(root / name, resolution, upscale)
-            averages = encode_levels(np.asarray(image), image_format) if levels else []
-            results.append([encode(image, image_format), *averages])
+            data = source.read(name)
+            square = read_square(data, how)
+            averages = encode_levels(np.asarray(square.image), how.format) if how.levels else []
+            results.append([_encoded(square, data, how), *averages])
         except SkippedPhotoError as error:
             results.append(Skipped(printable(name), error.reason, error.detail))
+        except (OSError, ValueError) as error:
+            detail = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            results.append(Skipped(printable(name), "unreadable", detail))
         except MemoryError as error:
-            raise UserError(f"{root / name}: not enough memory to decode it; use fewer workers (--workers)") from error
+            raise UserError(
+                f"{source.path}/{name}: not enough memory to decode it; use fewer workers (--workers)"
+            ) from error
     return results
+
+
+def _encoded(square: Square, data: bytes, how: Preparation) -> bytes:
+    if how.format != "keep":
+        return encode(square.image, how.format)
+    return data if square.unchanged else encode(square.image, "jpeg" if square.lossy else "png")
 
 
 def _none_usable(source: Path, skipped: Sequence[Skipped]) -> str:
     example = skipped[0]
     detail = f" ({example.detail})" if example.detail else ""
-    remedy = "use --upscale or a lower --res" if "smaller" in example.reason else "expected photographs"
+    remedy = "use --min-size 1 or a lower --res" if "smaller" in example.reason else "expected photographs"
     return (
         f"{source}: none of its {len(skipped):,} files gives an image; "
         f"for instance {example.file}: {example.reason}{detail}; {remedy}"

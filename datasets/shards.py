@@ -4,7 +4,8 @@
       shard-00000.tar ...   plain WebDataset tars; sample 17 is `00000017.png` (or `.jpg`), and with labels
                             `00000017.cls`, the class number in ASCII, or `00000017.json`, a list of numbers.
                             Sizes, owners and times are fixed, so equal samples give equal bytes.
-      index.npy             one record per sample: shard, offset and size of the image, class number (-1: none)
+      index.npy             one record per sample: shard, offset and size of the image, class number (-1: none), and
+                            from format 3 on the CRC-32 of the image
       labels.npy            with label vectors only: the same as the .json members, [count, c_dim] float32
       manifest.json         `Manifest`; written last, so a folder with a manifest is whole
       levels/0008/ ...      with --levels only: the same images box-averaged to 8 px, a dataset like this one (see
@@ -31,15 +32,16 @@ from PIL import Image
 from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.errors import UserError
 
-INDEX_DTYPE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
-IMAGE_SUFFIXES = {"png": ".png", "jpeg": ".jpg", "ppm": ".ppm"}
+INDEX_DTYPE_V1 = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
+INDEX_DTYPE = np.dtype([*INDEX_DTYPE_V1.descr, ("crc", "<u4")])
 LEVELS_FOLDER = "levels"
 
 FOREIGN_TARS = (
     f"holds tar files but no {MANIFEST_FILE}, so they were not made by `stylepipe prepare`; "
-    "unpack them into a folder of their own and prepare that folder"
+    "prepare them first: stylepipe prepare"
 )
 
+_PPM = b"P6"  # how bare pixels begin
 _MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
 
 
@@ -142,7 +144,7 @@ class ShardDataset:
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         try:
             data = os.pread(self._descriptor(shard), size, offset)
-            if self.manifest.image_format == "ppm":
+            if data.startswith(_PPM):
                 out[...] = _ppm_pixels(data, self.resolution)
                 return
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
@@ -152,12 +154,10 @@ class ShardDataset:
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises many types on damaged data
-            key = f"{sample:08d}{IMAGE_SUFFIXES[self.manifest.image_format]}"
             from_system = isinstance(error, OSError) and error.errno is not None
             remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
-            raise UserError(
-                f"{self.path / self.manifest.shards[shard].file}: sample {key} cannot be read ({error}); {remedy}"
-            ) from error
+            file = self.path / self.manifest.shards[shard].file
+            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._descriptors.get(shard)
@@ -255,7 +255,7 @@ def file_sha256(path: Path) -> str:
 
 def _load_index(path: Path, manifest: Manifest) -> npt.NDArray[np.void]:
     index = _mapped(path, manifest, INDEX_FILE)
-    if index.dtype != INDEX_DTYPE or index.shape != (manifest.count,):
+    if index.dtype not in (INDEX_DTYPE, INDEX_DTYPE_V1) or index.shape != (manifest.count,):
         raise _damaged(path, manifest, f"{INDEX_FILE} does not hold {manifest.count:,} samples")
     return index
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, MANIFEST_FILE, FileRecord, Manifest
-from stylepipe.datasets.shards import IMAGE_SUFFIXES, INDEX_DTYPE, file_sha256
+from stylepipe.datasets.shards import INDEX_DTYPE, file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 1024 * 1024
 _INDEX_BLOCK = 65_536
+_SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"P6": ".ppm"}
 
 
 @contextmanager
@@ -64,13 +66,12 @@ class ShardWriter:
         count: images so far.
     """
 
-    def __init__(self, folder: Path, image_format: str, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.shards: list[FileRecord] = []
         self.labels: FileRecord | None = None
         self.classes_seen: set[int] = set()
         self.count = 0
         self._folder = folder
-        self._suffix = IMAGE_SUFFIXES[image_format]
         self._shard_bytes = shard_bytes
         self._blocks = [np.empty(_INDEX_BLOCK, INDEX_DTYPE)]
         self._vectors: list[npt.NDArray[np.float32]] = []
@@ -81,7 +82,7 @@ class ShardWriter:
 
         The images of a dataset have all a number, all a vector of one length, or none.
         """
-        members = [(self._suffix, image)]
+        members = [(_suffix_of(image), image)]
         if isinstance(label, int):
             members.append((".cls", b"%d" % label))
             self.classes_seen.add(label)
@@ -94,7 +95,7 @@ class ShardWriter:
         if self._file is None:
             self._open_shard()
         number = label if isinstance(label, int) else -1
-        self._record(len(self.shards), len(image), self._size + tarfile.BLOCKSIZE, number)
+        self._record(len(self.shards), len(image), self._size + tarfile.BLOCKSIZE, number, zlib.crc32(image))
         for data in packed:
             self._write(data)
         self._samples += 1
@@ -124,11 +125,11 @@ class ShardWriter:
         np.save(path, array, allow_pickle=False)
         return FileRecord(name, path.stat().st_size, file_sha256(path), self.count)
 
-    def _record(self, shard: int, size: int, offset: int, label: int) -> None:
+    def _record(self, *row: int) -> None:
         place = self.count % _INDEX_BLOCK
         if place == 0 and self.count:
             self._blocks.append(np.empty(_INDEX_BLOCK, INDEX_DTYPE))
-        self._blocks[-1][place] = (shard, size, offset, label)
+        self._blocks[-1][place] = row
 
     def _open_shard(self) -> None:
         self._file = open(self._folder / _shard_name(len(self.shards)), "wb")  # noqa: SIM115 (spans calls)
@@ -152,6 +153,11 @@ class ShardWriter:
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
+
+
+def _suffix_of(image: bytes) -> str:
+    """Return the suffix of an encoded image, by how it begins."""
+    return next(suffix for beginning, suffix in _SUFFIXES.items() if image.startswith(beginning))
 
 
 def _vector_json(vector: npt.NDArray[np.float32]) -> bytes:

@@ -15,6 +15,7 @@ from foreign_checkpoints import official_file
 
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.kernels.build import BuildError
 from stylepipe.kernels.nvcc import find_nvcc
@@ -45,7 +46,7 @@ def place(tmp_path_factory) -> Path:
     (place / "launch").symlink_to(ROOT / "launch")
     for name in ("constraints.txt", "pyproject.toml", "Makefile", "stylepipe", "kernels", "datasets", "README.md"):
         (place / name).symlink_to(ROOT / name)
-    prepare(place / "PHOTOGRAPHS", place / "prepared", 16, workers=1, progress=False)
+    prepare(place / "PHOTOGRAPHS", place / "prepared", Preparation(16), workers=1, progress=False)
     assert main(["train", "--data", str(place / "prepared"), "--out", str(place / "run"), *shlex.split(SMALL)]) == 0
     run = place / "runs" / "00000-auto-faces-64"
     run.mkdir(parents=True)

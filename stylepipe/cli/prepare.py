@@ -6,58 +6,39 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from stylepipe.datasets.manifest import MANIFEST_FILE, Manifest
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.shards import open_dataset, stored_levels
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Turn a folder of photographs into shards to train on: plain WebDataset tars, an index and a manifest.
+    """Turn photographs into shards to train on: plain WebDataset tars, an index and a manifest.
 
-    Each photograph is turned upright, cropped to its central square, converted to 8-bit sRGB (transparency over white)
-    and resized with a Lanczos filter. Files that give no image are named in the manifest with the reason. The result is
-    the same to the byte for any number of workers.
+    Each photograph is turned upright, cropped to a square, converted to 8-bit sRGB and resized with a Lanczos filter.
+    Files that give no image are named in the manifest with the reason. The result is the same to the byte for any
+    number of workers.
     """
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder of photographs, searched recursively. Any format that Pillow reads."""
+    """Folder of photographs, searched recursively; or a zip, a tar, a folder of WebDataset shards or an LMDB of them.
+    Any format that Pillow reads."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """New folder for the shards. It appears when it is whole."""
-    res: int
-    """Resolution in pixels, a power of two from 8 to 1024."""
+    how: Annotated[Preparation, tyro.conf.arg(name="")]
     workers: int | None = None
     """Processes that decode and resize. Default: one per core."""
-    image_format: Annotated[Literal["png", "jpeg"], tyro.conf.arg(name="format")] = "png"
-    """png is lossless; jpeg (quality 95, 4:4:4) takes a quarter of the room and is read three times as fast."""
-    upscale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Enlarge photographs smaller than --res instead of skipping them."""
-    labels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Label the images: from dataset.json in SOURCE, {"labels": [["sub/0001.png", 3 or [0.1, -0.7]], ...]}; without
-    that file, the class of an image is the top-level sub-folder it lies in."""
-
-    levels: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Store the images also at every power of two from 4 px to half of --res, for presets that grow; with png
-    half as much room again. Training makes them in the cache where they are missing."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare a dataset and print one line about it."""
-    options = tyro.cli(PrepareOptions, prog="stylepipe prepare", args=argv)
-    manifest = prepare(
-        options.source,
-        options.out,
-        options.res,
-        workers=options.workers,
-        image_format=options.image_format,
-        upscale=options.upscale,
-        labels=options.labels,
-        levels=options.levels,
-    )
+    options = tyro.cli(PrepareOptions, prog="stylepipe prepare", args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    manifest = prepare(options.source, options.out, options.how, workers=options.workers)
     print(summary(manifest, options.out))
 
 

@@ -23,6 +23,7 @@ from stylepipe.cli.main import main
 from stylepipe.cli.train import parse
 from stylepipe.config import Config, LossConfig
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.errors import UserError
 from stylepipe.interop.network_file import load_network, read_header, save_network
@@ -48,7 +49,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(16):
         draw_face(index, 32).save(place / "faces" / f"{index:02d}.png")
     for res in (16, 32):
-        prepare(place / "faces", place / str(res), res, workers=1, progress=False)
+        prepare(place / "faces", place / str(res), Preparation(res), workers=1, progress=False)
     return place
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import stylepipe
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.training.checkpoint import load_state
 
@@ -44,7 +45,7 @@ def photographs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def shards(photographs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "faces16"
-    prepare(photographs, out, 16, workers=1, progress=False)
+    prepare(photographs, out, Preparation(16), workers=1, progress=False)
     return out
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import stylepipe
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.interop.network_file import read_header
 
@@ -33,7 +34,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(24):
         draw_face(index, 32).save(folder / f"{index:02d}.png")
     out = tmp_path_factory.mktemp("prepared") / "faces16"
-    prepare(folder, out, 16, workers=1, progress=False, levels=True)
+    prepare(folder, out, Preparation(16, levels=True), workers=1, progress=False)
     return out
 
 
@@ -107,7 +108,7 @@ def test_data_without_levels_gets_them_once_in_the_cache(
     folder.mkdir()
     for index in range(4):
         draw_face(index, 32).save(folder / f"{index}.png")
-    prepare(folder, tmp_path / "plain", 16, workers=1, progress=False)
+    prepare(folder, tmp_path / "plain", Preparation(16), workers=1, progress=False)
     before = sorted(path.name for path in (tmp_path / "plain").iterdir())
     assert main(options("progan", tmp_path / "plain", tmp_path / "run", 0.024)) == 0
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == before

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from stylepipe.datasets import order
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.shards import ShardDataset, open_dataset
 
@@ -30,9 +34,17 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def in_stored_order() -> Callable[[Sequence[Any]], list[Any]]:
+    """Give a function that puts what belongs to images, in the order of their names' bytes, into that of the shards."""
+    return lambda items: [items[index] for index in order.image_ids(np.arange(len(items)), len(items), seed=0)]
+
+
+@pytest.fixture
 def prepared(photos: Path, tmp_path: Path) -> Path:
     """Give the folder of a prepared dataset of 23 labelled images of 16 px in several shards."""
-    prepare(photos, tmp_path / "prepared", 16, workers=1, labels=True, shard_bytes=8192, progress=False)
+    prepare(
+        photos, tmp_path / "prepared", Preparation(16, labels=True, shard_mb=8192 / 2**20), workers=1, progress=False
+    )
     return tmp_path / "prepared"
 
 

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from stylepipe.cli.main import main
 from stylepipe.datasets import cache
 from stylepipe.datasets.cache import dataset_for_training, levels_for_training
 from stylepipe.datasets.levels import box_averages, build_levels, level_resolutions
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, open_dataset, stored_levels, verify
@@ -36,14 +39,20 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def out(photos: Path, tmp_path: Path) -> Path:
     """Give the folder of 23 labelled images of 32 px with levels of 4, 8 and 16 px, in several shards."""
-    prepare(photos, tmp_path / "out", 32, workers=1, labels=True, levels=True, shard_bytes=8192, progress=False)
+    prepare(
+        photos,
+        tmp_path / "out",
+        Preparation(32, labels=True, levels=True, shard_mb=8192 / 2**20),
+        workers=1,
+        progress=False,
+    )
     return tmp_path / "out"
 
 
 @pytest.fixture
 def plain(photos: Path, tmp_path: Path) -> Path:
     """Give the same folder without levels."""
-    prepare(photos, tmp_path / "plain", 32, workers=1, labels=True, shard_bytes=8192, progress=False)
+    prepare(photos, tmp_path / "plain", Preparation(32, labels=True, shard_mb=8192 / 2**20), workers=1, progress=False)
     return tmp_path / "plain"
 
 
@@ -82,7 +91,11 @@ def test_which_levels_there_are() -> None:
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])
 def test_stored_levels_are_averages_of_the_stored_images(photos: Path, tmp_path: Path, image_format: str) -> None:
     prepare(
-        photos, tmp_path / "o", 256, workers=1, image_format=image_format, upscale=True, levels=True, progress=False
+        photos,
+        tmp_path / "o",
+        Preparation(256, format=image_format, min_size=1, levels=True),
+        workers=1,
+        progress=False,
     )
     full = open_dataset(tmp_path / "o")
     assert stored_levels(full.levels) == [4, 8, 16, 32, 64, 128]
@@ -123,14 +136,16 @@ def test_a_reader_of_a_level_gives_the_same_order_smaller(out: Path) -> None:
     assert (batches[1].images.numpy() == reference(batches[0].images.numpy(), 8)).all()
 
 
-def test_label_vectors_are_in_the_levels_too(photos: Path, tmp_path: Path) -> None:
+def test_label_vectors_are_in_the_levels_too(
+    photos: Path, tmp_path: Path, in_stored_order: Callable[[list[Any]], list[Any]]
+) -> None:
     names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.*"))
     vectors = np.random.default_rng(0).normal(size=(23, 3)).astype(np.float32)
     pairs = [[name, vector.tolist()] for name, vector in zip(names, vectors, strict=True)]
     (photos / "dataset.json").write_text(json.dumps({"labels": pairs}))
-    prepare(photos, tmp_path / "out", 32, workers=1, labels=True, levels=True, progress=False)
+    prepare(photos, tmp_path / "out", Preparation(32, labels=True, levels=True), workers=1, progress=False)
     full = open_dataset(tmp_path / "out")
-    assert (full.labels(range(23)) == vectors).all()
+    assert (full.labels(range(23)) == in_stored_order(list(vectors))).all()
     same_but_for_resolution(full.level(8), full)
     build_levels(full, tmp_path / "built", workers=1, progress=False)
     assert tree(tmp_path / "built") == tree(full.levels)
@@ -149,7 +164,13 @@ def test_webdataset_streams_a_level(out: Path) -> None:
 
 
 def test_the_number_of_workers_changes_no_byte(photos: Path, out: Path, plain: Path, tmp_path: Path) -> None:
-    prepare(photos, tmp_path / "three", 32, workers=3, labels=True, levels=True, shard_bytes=8192, progress=False)
+    prepare(
+        photos,
+        tmp_path / "three",
+        Preparation(32, labels=True, levels=True, shard_mb=8192 / 2**20),
+        workers=3,
+        progress=False,
+    )
     assert tree(out) == tree(tmp_path / "three")
     assert len(list((out / "levels" / "0016").glob("*.tar"))) > 1
     # The full images are the same without levels, and from them come the same levels.
@@ -190,7 +211,7 @@ def test_a_damaged_image_of_a_level_is_named(out: Path) -> None:
     flip_byte(level.path / "shard-00000.tar", int(level._index[1]["offset"]) + 4)  # in the header of the PPM
     level.read([0, 2])
     with pytest.raises(
-        UserError, match=r"0008/shard-00000\.tar: sample 00000001\.ppm cannot be read .* PPM .*remove .*/levels,"
+        UserError, match=r"0008/shard-00000\.tar: sample 00000001 cannot be read .* PPM .*remove .*/levels,"
     ):
         level.read([0, 1])
     with pytest.raises(UserError, match=r"SHA-256 differs .* in levels/0008/shard-00000\.tar; remove .*/levels,"):
@@ -200,7 +221,7 @@ def test_a_damaged_image_of_a_level_is_named(out: Path) -> None:
 def test_a_level_of_other_images_is_refused(photos: Path, out: Path, tmp_path: Path) -> None:
     (photos / "cats" / "000.png").unlink()
     (photos / "cats" / "001.png").symlink_to(photos / "dogs" / "005.jpg")  # as many images, but others
-    prepare(photos, tmp_path / "other", 32, workers=1, labels=True, levels=True, progress=False)
+    prepare(photos, tmp_path / "other", Preparation(32, labels=True, levels=True), workers=1, progress=False)
     shutil.rmtree(out / "levels" / "0008")
     shutil.copytree(tmp_path / "other" / "levels" / "0008", out / "levels" / "0008")
     shutil.rmtree(out / "levels" / "0004")
@@ -277,7 +298,7 @@ def test_bad_levels_are_refused_before_anything_is_written(photos: Path, plain: 
 def test_a_damaged_image_makes_no_levels(plain: Path, own_cache: Path) -> None:
     row = open_dataset(plain)._index[2]
     flip_byte(plain / f"shard-{row['shard']:05d}.tar", int(row["offset"]) + 3)
-    with pytest.raises(UserError, match=r"plain/shard-0000.\.tar: sample 00000002\.png cannot be read"):
+    with pytest.raises(UserError, match=r"plain/shard-0000.\.tar: sample 00000002 cannot be read"):
         levels_for_training(plain, 4, workers=1)
     assert [path.suffix for path in (own_cache / "datasets").iterdir()] == [".lock"]
 
@@ -287,6 +308,7 @@ import os, signal, sys
 from pathlib import Path
 from stylepipe.datasets.cache import levels_for_training
 from stylepipe.datasets.levels import LevelsWriter
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 
 add, added = LevelsWriter.add, []
@@ -297,7 +319,8 @@ def add_and_die(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 LevelsWriter.add = add_and_die
 source, out = map(Path, sys.argv[1:])
-prepare(source, out, 32, workers=1, levels=True) if source != out else levels_for_training(out, 4, workers=1)
+how = Preparation(32, levels=True)
+prepare(source, out, how, workers=1) if source != out else levels_for_training(out, 4, workers=1)
 """
 
 
@@ -312,7 +335,7 @@ def test_killed_half_way_nothing_half_written_is_used(photos: Path, plain: Path,
     assert not out.exists()
     full = levels_of(plain, 32, 4)
     same_but_for_resolution(full.level(4), full)
-    prepare(photos, out, 32, workers=1, levels=True, progress=False)
+    prepare(photos, out, Preparation(32, levels=True), workers=1, progress=False)
     verify(out)
     assert not left[0].exists()
     assert not list(out.parent.glob(".killed.*.tmp"))

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ from PIL import Image
 from stylepipe.cli.main import main
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import read_square
-from stylepipe.datasets.prepare import find_photos, prepare
+from stylepipe.datasets.preparation import Preparation
+from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.processes import in_tasks
 from stylepipe.datasets.shards import open_dataset, verify
 from stylepipe.errors import UserError
@@ -42,19 +45,19 @@ def test_the_number_of_workers_changes_no_byte(photos: Path, tmp_path: Path) -> 
     (photos / "text.jpg").write_text("no image")
     for workers in (1, 2, 4):
         out = tmp_path / f"out{workers}"
-        manifest = prepare(photos, out, 16, workers=workers, shard_bytes=8192, progress=False)
+        manifest = prepare(photos, out, Preparation(16, shard_mb=8192 / 2**20), workers=workers, progress=False)
         assert len(manifest.shards) > 1
         verify(out)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2") == contents(tmp_path / "out4")
 
 
 def test_the_manifest_says_nothing_of_time_and_place(photos: Path, tmp_path: Path) -> None:
-    prepare(photos, tmp_path / "a", 16, workers=1, progress=False)
+    prepare(photos, tmp_path / "a", Preparation(16), workers=1, progress=False)
     for path in photos.rglob("*"):
         os.utime(path, (1, 1))
     (tmp_path / "elsewhere").mkdir()
     moved = photos.rename(tmp_path / "elsewhere" / "photos")
-    prepare(moved, tmp_path / "elsewhere" / "b", 16, workers=1, progress=False)
+    prepare(moved, tmp_path / "elsewhere" / "b", Preparation(16), workers=1, progress=False)
     assert contents(tmp_path / "a") == contents(tmp_path / "elsewhere" / "b")
 
 
@@ -66,7 +69,7 @@ def test_every_file_is_in_the_shards_or_named_with_its_reason(photos: Path, tmp_
     (photos / "gone.jpg").symlink_to("nowhere")
     (photos / "loop").symlink_to(photos)
     os.mkfifo(photos / "pipe.jpg")
-    manifest = prepare(photos, tmp_path / "out", 16, workers=2, progress=False)
+    manifest = prepare(photos, tmp_path / "out", Preparation(16), workers=2, progress=False)
     assert manifest.count == 23
     assert {(s.file, s.reason): s.detail for s in manifest.skipped} == {
         (".hidden", "hidden"): "",
@@ -80,7 +83,9 @@ def test_every_file_is_in_the_shards_or_named_with_its_reason(photos: Path, tmp_
     assert [s.file for s in manifest.skipped] == sorted(s.file for s in manifest.skipped)
 
 
-def test_images_are_in_the_order_of_the_bytes_of_their_names(tmp_path: Path) -> None:
+def test_images_are_shuffled_once_from_the_order_of_the_bytes_of_their_names(
+    tmp_path: Path, in_stored_order: Callable[[list[int]], list[int]]
+) -> None:
     source = tmp_path / "in"
     source.mkdir()
     strange = os.fsdecode(b"caf\xe9.png")  # Latin-1, no UTF-8
@@ -88,9 +93,20 @@ def test_images_are_in_the_order_of_the_bytes_of_their_names(tmp_path: Path) -> 
     shades = dict(zip(sorted(names, key=os.fsencode), range(0, 70, 10), strict=True))
     for name, shade in shades.items():
         photo(source / name, f"rgb({shade},0,0)")
+    prepare(source, tmp_path / "out", Preparation(32), workers=1, progress=False)
+    stored = open_dataset(tmp_path / "out").read(range(7))[:, 0, 0, 0].tolist()
+    assert stored == in_stored_order(list(range(0, 70, 10))) != sorted(stored)
+    prepare(source, tmp_path / "other", Preparation(32, shuffle_seed=1), workers=1, progress=False)
+    other = open_dataset(tmp_path / "other").read(range(7))[:, 0, 0, 0].tolist()
+    assert sorted(other) == sorted(stored)
+    assert other != stored
+
+
+def test_names_that_are_no_utf8_are_told(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    photo(source / "a.png")
     (source / os.fsdecode(b"bad\xff.png")).write_bytes(b"x")
-    manifest = prepare(source, tmp_path / "out", 32, workers=1, progress=False)
-    assert open_dataset(tmp_path / "out").read(range(7))[:, 0, 0, 0].tolist() == list(range(0, 70, 10))
+    manifest = prepare(source, tmp_path / "out", Preparation(32), workers=1, progress=False)
     assert manifest.skipped == (Skipped("bad\\xff.png", "unreadable", "not an image of a known format"),)
 
 
@@ -99,20 +115,20 @@ def test_links_to_files_and_folders_are_followed(photos: Path, tmp_path: Path) -
     source.mkdir()
     (source / "folder").symlink_to(photos / "cats")
     (source / "file.png").symlink_to(photos / "cats" / "000.png")
-    assert prepare(source, tmp_path / "out", 16, workers=1, progress=False).count == 12 + 1
+    assert prepare(source, tmp_path / "out", Preparation(16), workers=1, progress=False).count == 12 + 1
 
 
-def test_upscale_keeps_small_photographs(tmp_path: Path) -> None:
+def test_a_smaller_least_size_keeps_small_photographs(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png", size=(9, 7))
     photo(tmp_path / "in" / "b.png", size=(64, 64))
-    assert prepare(tmp_path / "in", tmp_path / "small", 32, workers=1, progress=False).count == 1
-    assert prepare(tmp_path / "in", tmp_path / "all", 32, workers=1, upscale=True, progress=False).count == 2
+    assert prepare(tmp_path / "in", tmp_path / "small", Preparation(32), workers=1, progress=False).count == 1
+    assert prepare(tmp_path / "in", tmp_path / "all", Preparation(32, min_size=1), workers=1, progress=False).count == 2
 
 
 def test_labels_are_the_top_level_folders(tmp_path: Path) -> None:
     for name in ("b/x/1.png", "b/2.png", "a/3.png", "lost.png"):
         photo(tmp_path / "in" / name)
-    manifest = prepare(tmp_path / "in", tmp_path / "out", 32, workers=1, labels=True, progress=False)
+    manifest = prepare(tmp_path / "in", tmp_path / "out", Preparation(32, labels=True), workers=1, progress=False)
     assert manifest.classes == ("a", "b")
     assert manifest.skipped == (Skipped("lost.png", "without a class", "lies outside the sub-folders"),)
     assert open_dataset(tmp_path / "out").labels(range(3)).tolist() == [[1, 0], [0, 1], [0, 1]]
@@ -121,13 +137,13 @@ def test_labels_are_the_top_level_folders(tmp_path: Path) -> None:
 def test_labels_without_folders_are_refused(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png")
     with pytest.raises(UserError, match="no sub-folders to take labels from"):
-        prepare(tmp_path / "in", tmp_path / "out", 32, labels=True, progress=False)
+        prepare(tmp_path / "in", tmp_path / "out", Preparation(32, labels=True), progress=False)
 
 
 @pytest.mark.parametrize("resolution", [0, 4, 100, 2048, -8])
 def test_only_powers_of_two(photos: Path, tmp_path: Path, resolution: int) -> None:
     with pytest.raises(UserError, match=rf"--res {resolution}: expected a power of two from 8 to 1024"):
-        prepare(photos, tmp_path / "out", resolution)
+        prepare(photos, tmp_path / "out", Preparation(resolution))
 
 
 def test_a_source_that_cannot_be_is_named(prepared: Path, tmp_path: Path) -> None:
@@ -136,21 +152,21 @@ def test_a_source_that_cannot_be_is_named(prepared: Path, tmp_path: Path) -> Non
     (tmp_path / "tars" / "a.tar").write_bytes(bytes(1024))
     (tmp_path / "file").write_text("x")
     for name, message in {
-        "missing": "no such folder",
+        "missing": "no such file or folder",
         "empty": "holds no files",
-        "tars": "unpack them",
-        "file": "is a file",
+        "tars": "is no tar archive",
+        "file": "is a file of another kind",
         "prepared": "is a prepared dataset already",
     }.items():
         with pytest.raises(UserError, match=message):
-            prepare(tmp_path / name, tmp_path / "out", 16, progress=False)
+            prepare(tmp_path / name, tmp_path / "out", Preparation(16), progress=False)
         assert not (tmp_path / "out").exists()
 
 
 def test_nothing_usable_leaves_nothing(tmp_path: Path) -> None:
     photo(tmp_path / "in" / "a.png", size=(16, 16))
-    with pytest.raises(UserError, match=r"none of its 1 files.*a\.png: smaller than 32 px \(16x16\); use --upscale"):
-        prepare(tmp_path / "in", tmp_path / "out", 32, workers=1, progress=False)
+    with pytest.raises(UserError, match=r"none of its 1 files.*a\.png: smaller than 32 px \(16x16\); use --min-size 1"):
+        prepare(tmp_path / "in", tmp_path / "out", Preparation(32), workers=1, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
@@ -160,19 +176,19 @@ def test_out_must_be_free_and_outside(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     for name in ("full", "file"):
         with pytest.raises(UserError, match="exists already"):
-            prepare(photos, tmp_path / name, 16, workers=1, progress=False)
+            prepare(photos, tmp_path / name, Preparation(16), workers=1, progress=False)
     for inside in (photos, photos / "out", tmp_path / "full" / ".." / "photos" / "out"):
         with pytest.raises(UserError, match="lies inside SOURCE"):
-            prepare(photos, inside, 16, workers=1, progress=False)
+            prepare(photos, inside, Preparation(16), workers=1, progress=False)
     (tmp_path / "vacant").mkdir()
-    assert prepare(photos, tmp_path / "vacant", 16, workers=1, progress=False).count == 23
+    assert prepare(photos, tmp_path / "vacant", Preparation(16), workers=1, progress=False).count == 23
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "precious"
 
 
 def test_out_below_a_file_cannot_be_written(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
-        prepare(photos, tmp_path / "file" / "out", 16, workers=1, progress=False)
+        prepare(photos, tmp_path / "file" / "out", Preparation(16), workers=1, progress=False)
 
 
 def command(*arguments: object, before: str = "pass") -> list[str]:
@@ -219,7 +235,7 @@ def test_killed_half_way_it_leaves_nothing_that_looks_whole(many_photos: Path, t
     with start_preparing(many_photos, out) as process:
         workers = psutil.Process(process.pid).children(recursive=True)
         with pytest.raises(UserError, match="another process is writing it"):
-            prepare(many_photos, out, 512, progress=False)
+            prepare(many_photos, out, Preparation(512), progress=False)
         process.kill()
     assert len(workers) >= 2
     psutil.wait_procs(workers, timeout=10)
@@ -228,7 +244,7 @@ def test_killed_half_way_it_leaves_nothing_that_looks_whole(many_photos: Path, t
     # The next call for the same folder clears what was left and succeeds.
     assert len(leftovers(tmp_path, "out")) == 1
     photo(tmp_path / "in" / "a.png")
-    prepare(tmp_path / "in", out, 32, workers=1, progress=False)
+    prepare(tmp_path / "in", out, Preparation(32), workers=1, progress=False)
     assert leftovers(tmp_path, "out") == []
 
 
@@ -304,7 +320,7 @@ def test_tasks_cover_everything_once() -> None:
 
 def test_awkward_photographs(shared: Path, tmp_path: Path) -> None:
     source = shared / "faces" / "awkward"
-    manifest = prepare(source, tmp_path / "out", 64, workers=2, progress=False)
+    manifest = prepare(source, tmp_path / "out", Preparation(64), workers=2, progress=False)
     verify(tmp_path / "out")
     reasons = [s.reason for s in manifest.skipped]
     assert manifest.count + len(reasons) == sum(path.is_file() for path in source.rglob("*")) == 58
@@ -313,9 +329,113 @@ def test_awkward_photographs(shared: Path, tmp_path: Path) -> None:
 
 def test_portraits_of_several_sizes(shared: Path, tmp_path: Path) -> None:
     source = shared / "faces" / "portraits_raw"
-    manifest = prepare(source, tmp_path / "out", 256, workers=2, progress=False)
+    manifest = prepare(source, tmp_path / "out", Preparation(256), workers=2, progress=False)
     # 22 portraits of 335x410 and one of 720x900 are large enough; the other 77 are 180 or 225 px wide.
     assert manifest.count == 23
     assert {s.detail for s in manifest.skipped} == {"225x275", "180x225"}
-    first = next(name for name in find_photos(source).files if name.startswith("b_"))
-    assert (open_dataset(tmp_path / "out").read([0])[0] == np.asarray(read_square(source / first, 256))).all()
+    names = [name for name in sorted(os.listdir(source)) if not name.startswith(".")]
+    size = {s.file for s in manifest.skipped}
+    stored = open_dataset(tmp_path / "out").read(range(23))
+    for name in set(names) - size:
+        square = np.asarray(read_square((source / name).read_bytes(), Preparation(256)).image)
+        assert any((square == image).all() for image in stored), name
+
+
+def saved_as(path: Path, mode: str = "RGB", size: int = 32, **options: object) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path.read_bytes()
+
+
+def test_kept_files_are_those_that_need_no_change(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kept = {
+        "a.jpg": saved_as(source / "a.jpg", quality=60),
+        "b.png": saved_as(source / "b.png"),
+        "c.jpg": saved_as(source / "c.jpg", "L"),
+        "misnamed.jpg": saved_as(source / "misnamed.jpg", format="PNG", compress_level=0),
+    }
+    changed = {
+        "larger.jpg": saved_as(source / "larger.jpg", size=64),
+        "turned.jpg": saved_as(source / "turned.jpg", exif=exif),
+        "alpha.png": saved_as(source / "alpha.png", "RGBA"),
+        "palette.png": saved_as(source / "palette.png", "P"),
+        "cmyk.jpg": saved_as(source / "cmyk.jpg", "CMYK"),
+        "other.webp": saved_as(source / "other.webp", lossless=True),
+        "other.bmp": saved_as(source / "other.bmp"),
+    }
+    prepare(source, tmp_path / "keep", Preparation(32, format="keep", levels=True), workers=1, progress=False)
+    prepare(source, tmp_path / "png", Preparation(32), workers=1, progress=False)
+    keep, png = open_dataset(tmp_path / "keep"), open_dataset(tmp_path / "png")
+    stored = []
+    for row in keep._index:
+        with open(keep.path / "shard-00000.tar", "rb") as file:
+            file.seek(int(row["offset"]))
+            stored.append(file.read(int(row["size"])))
+    for name, data in kept.items():
+        assert data in stored, name
+    for name, data in changed.items():
+        assert data not in stored, name
+    kinds = Counter(data[:4] for data in stored)
+    assert kinds == {b"\x89PNG": 2 + 4, b"\xff\xd8\xff\xe0": 2 + 3}
+    difference = np.abs(keep.read(range(11)).astype(int) - png.read(range(11)))
+    assert (difference.mean(axis=(1, 2, 3)) < 4).all(), "only what was a JPEG, and is one again, differs a little"
+    assert sum(difference.mean(axis=(1, 2, 3)) == 0) == 11 - 3
+    assert (keep.level(16).read(range(11)).shape) == (11, 16, 16, 3)
+    verify(tmp_path / "keep")
+
+
+def test_transparency_is_laid_over_the_colour_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (16, 16), (200, 0, 0, 51)).save(tmp_path / "in" / "a.png")
+    prepare(tmp_path / "in", tmp_path / "out", Preparation(16, background="#0040ff"), workers=1, progress=False)
+    # By hand: a fifth of the image, four fifths of the background.
+    assert open_dataset(tmp_path / "out").read([0])[0, 0, 0].tolist() == [40, 51, 204]
+
+
+def test_without_a_crop_only_squares_are_taken(tmp_path: Path) -> None:
+    photo(tmp_path / "in" / "square.png", size=(40, 40))
+    photo(tmp_path / "in" / "wide.png", size=(41, 40))
+    manifest = prepare(tmp_path / "in", tmp_path / "out", Preparation(32, crop="none"), workers=1, progress=False)
+    assert manifest.count == 1
+    assert manifest.skipped == (Skipped("wide.png", "not square", "41x40"),)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_more_bad_files_than_allowed_stop_it(photos: Path, tmp_path: Path, workers: int) -> None:
+    photo(photos / "small.png", size=(5, 5))  # not bad, only small
+    for index in range(3):
+        (photos / f"{index}.jpg").write_text("no image")
+    assert prepare(photos, tmp_path / "a", Preparation(16, max_bad=3), workers=workers, progress=False).count == 23
+    with pytest.raises(UserError, match=r"--max-bad 2: .* more files that cannot be read, the last one found is \d"):
+        prepare(photos, tmp_path / "b", Preparation(16, max_bad=2), workers=workers, progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_size": 0}, "--min-size 0: expected 1 or more"),
+        ({"background": "white"}, "--background white: expected a colour such as #ffffff"),
+        ({"shard_mb": 0.0}, "--shard-mb 0: expected a number above 0"),
+        ({"shard_mb": float("nan")}, "--shard-mb nan: expected a number above 0"),
+        ({"shuffle_seed": -1}, "--shuffle-seed -1: expected 0 or more"),
+        ({"max_bad": -1}, "--max-bad -1: expected 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    photos: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(photos, tmp_path / "out", Preparation(16, **options), progress=False)
+
+
+def test_shards_are_of_the_size_asked_for(photos: Path, tmp_path: Path) -> None:
+    manifest = prepare(photos, tmp_path / "out", Preparation(16, shard_mb=0.01), workers=1, progress=False)
+    sizes = [record.bytes for record in manifest.shards]
+    assert len(sizes) > 1
+    assert max(sizes) <= 0.01 * 2**20
+    assert min(sizes[:-1]) > 0.005 * 2**20

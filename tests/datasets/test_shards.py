@@ -6,7 +6,10 @@ import gc
 import json
 import pickle
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ import webdataset
 from PIL import Image
 
 from stylepipe.datasets import shards
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
-from stylepipe.datasets.shards import ShardDataset, load_manifest, open_dataset, verify
+from stylepipe.datasets.shards import ShardDataset, file_sha256, load_manifest, open_dataset, verify
 from stylepipe.errors import UserError
 
 
@@ -44,24 +48,26 @@ def test_random_access_in_any_order(dataset: ShardDataset) -> None:
     assert dataset.read([]).shape == (0, 16, 16, 3)
 
 
-def test_labels_are_one_hot_in_the_order_of_the_class_names(dataset: ShardDataset) -> None:
+def test_labels_are_one_hot_in_the_order_of_the_class_names(
+    dataset: ShardDataset, in_stored_order: Callable[[list[Any]], list[Any]]
+) -> None:
     assert dataset.manifest.classes == ("cats", "dogs")
     assert dataset.c_dim == 2
     labels = dataset.labels(range(23))
     assert labels.dtype == np.float32
-    assert labels.tolist() == [[1, 0]] * 12 + [[0, 1]] * 11  # sorted by path: all of cats/, then all of dogs/
+    assert labels.tolist() == in_stored_order([[1, 0]] * 12 + [[0, 1]] * 11)  # by path: cats/, then dogs/
 
 
 def test_without_labels_c_dim_is_zero(photos: Path, tmp_path: Path) -> None:
-    prepare(photos, tmp_path / "out", 8, workers=1, progress=False)
+    prepare(photos, tmp_path / "out", Preparation(8), workers=1, progress=False)
     dataset = open_dataset(tmp_path / "out", 8)
     assert dataset.c_dim == 0
     assert dataset.labels([0, 1]).shape == (2, 0)
 
 
 def test_jpeg_shards(photos: Path, tmp_path: Path) -> None:
-    prepare(photos, tmp_path / "jpeg", 32, workers=1, image_format="jpeg", progress=False)
-    prepare(photos, tmp_path / "png", 32, workers=1, progress=False)
+    prepare(photos, tmp_path / "jpeg", Preparation(32, format="jpeg"), workers=1, progress=False)
+    prepare(photos, tmp_path / "png", Preparation(32), workers=1, progress=False)
     jpeg, png = (open_dataset(tmp_path / name).read(range(23)).astype(float) for name in ("jpeg", "png"))
     # Quality 95 at 4:4:4 on smooth pictures: an error of one or two levels.
     assert 0 < np.abs(jpeg - png).mean() < 2
@@ -125,9 +131,39 @@ def edit_manifest(prepared: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_folders_of_earlier_versions_are_read(prepared: Path, dataset: ShardDataset, version: int) -> None:
+    """Their index has no CRC, and in version 1 the manifest has no key for label vectors."""
+    images, labels = dataset.read(range(23)), dataset.labels(range(23))
+    index = np.load(prepared / "index.npy")
+    columns = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
+    old = np.empty(len(index), columns)
+    for name in columns.names:
+        old[name] = index[name]
+    np.save(prepared / "index.npy", old)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    record = manifest["index"] | {"bytes": (prepared / "index.npy").stat().st_size}
+    record["sha256"] = file_sha256(prepared / "index.npy")
+    if version == 1:
+        del manifest["labels"]
+    manifest |= {"index": record, "format_version": version}
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    verify(prepared)
+    before = open_dataset(prepared)
+    assert (before.read(range(23)) == images).all()
+    assert (before.labels(range(23)) == labels).all()
+
+
+def test_the_index_has_the_crc_of_each_image(prepared: Path) -> None:
+    for row in np.load(prepared / "index.npy"):
+        with open(prepared / f"shard-{row['shard']:05d}.tar", "rb") as file:
+            file.seek(int(row["offset"]))
+            assert zlib.crc32(file.read(int(row["size"]))) == row["crc"]
+
+
 def test_a_later_format_version_is_refused(prepared: Path) -> None:
-    edit_manifest(prepared, format_version=3)
-    with pytest.raises(UserError, match="format version 3, and this stylepipe reads versions up to 2"):
+    edit_manifest(prepared, format_version=4)
+    with pytest.raises(UserError, match="format version 4, and this stylepipe reads versions up to 3"):
         open_dataset(prepared)
 
 
@@ -172,7 +208,7 @@ def test_a_damaged_sample_is_named(prepared: Path) -> None:
     shard = prepared / dataset.manifest.shards[int(row["shard"])].file
     flip_byte(shard, int(row["offset"]) + 3)  # in the signature of the PNG
     dataset.read([8, 10])
-    with pytest.raises(UserError, match=rf"{shard.name}: sample 00000009\.png cannot be read"):
+    with pytest.raises(UserError, match=rf"{shard.name}: sample 00000009 cannot be read"):
         dataset.read([8, 9, 10])
 
 
@@ -180,7 +216,7 @@ def test_an_index_that_points_elsewhere_is_noticed(prepared: Path, tmp_path: Pat
     index = np.load(prepared / "index.npy")
     index["offset"][3] = index["offset"][4] + 1
     np.save(prepared / "index.npy", index)
-    with pytest.raises(UserError, match=r"sample 00000003\.png cannot be read"):
+    with pytest.raises(UserError, match=r"sample 00000003 cannot be read"):
         open_dataset(prepared).read([3])
     with pytest.raises(UserError, match=r"index\.npy"):
         verify(prepared)
@@ -195,7 +231,7 @@ def test_an_image_of_another_size_is_noticed(prepared: Path, photos: Path, tmp_p
 def test_a_shard_that_vanishes_while_training_is_named(prepared: Path) -> None:
     dataset = open_dataset(prepared)
     shutil.rmtree(prepared)
-    with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000000\.png cannot be read"):
+    with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000000 cannot be read"):
         dataset.read([0])
 
 
@@ -203,5 +239,5 @@ def test_images_survive_without_loss(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     (tmp_path / "in").mkdir()
     Image.fromarray(pixels).save(tmp_path / "in" / "noise.png")
-    prepare(tmp_path / "in", tmp_path / "out", 64, workers=1, progress=False)
+    prepare(tmp_path / "in", tmp_path / "out", Preparation(64), workers=1, progress=False)
     assert (open_dataset(tmp_path / "out").read([0])[0] == pixels).all()

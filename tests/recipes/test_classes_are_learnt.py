@@ -8,6 +8,7 @@ import torch
 
 from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset, open_dataset
@@ -31,7 +32,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
         (folder / "in" / name).mkdir(parents=True)
         for index in members:
             drawn[index].save(folder / "in" / name / f"{index:03d}.png")
-    prepare(folder / "in", folder / "out", 16, workers=1, labels=True, progress=False)
+    prepare(folder / "in", folder / "out", Preparation(16, labels=True), workers=1, progress=False)
     return open_dataset(folder / "out")
 
 

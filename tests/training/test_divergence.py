@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.training.checkpoint import load_state, newest_healthy_state
 
@@ -32,7 +33,7 @@ def shards(tmp_path_factory) -> Path:
     folder, out = tmp_path_factory.mktemp("photographs"), tmp_path_factory.mktemp("prepared") / "faces16"
     for index in range(24):
         draw_face(index, 32).save(folder / f"{index:02d}.png")
-    prepare(folder, out, 16, workers=1, progress=False)
+    prepare(folder, out, Preparation(16), workers=1, progress=False)
     return out
 
 
