@@ -287,7 +287,7 @@ class Config:
     """Save grids/<kimg>.png, images at fixed latents, this often."""
     tick_kimg: float = 1
     """Log this often."""
-    diversity_kimg: float = 1
+    diversity_kimg: float = 4
     """Measure this often how much generated images differ, and raise an alarm when they become alike."""
     on_divergence: OnDivergence = "stop"
     """When gradients stay inf or NaN: stop, or roll back to the last healthy state and go on with the weights of R1, R2

@@ -27,8 +27,11 @@ _SMOOTHABLE = ("minimax", "non-saturating", "lsgan")
 class Divergence:
     """How far p, the distribution of real images, is from q, that of generated ones, as D's loss tells.
 
-    `estimate` maps (real_logits, fake_logits), both [N, 1] float32, to [N, 1] float32. Its expectation is the
-    divergence for the best D and less for any other, so that what is logged is a lower bound, as good as D is.
+    `estimate` maps (real_logits, fake_logits), both [N, 1] float32, to [N, 1] float32. Over images
+    that D was not trained on, its expectation is the divergence for the best of all D and less for any other: a lower
+    bound, as good as D is. Two things lift it: a D that knows the training images by heart, and one that compares the
+    images of a batch, which bounds the divergence of batches. `wasserstein` is in units of D's slope, which nothing
+    holds at 1 exactly.
     """
 
     name: str

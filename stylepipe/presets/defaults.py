@@ -127,8 +127,8 @@ def check_used(asked: Config, preset: Config, config: Config) -> None:
         "loss.margin": (kind != "ebgan", f"--loss {kind} has none", "choose --loss ebgan"),
         "loss.gp_target": (loss.gp_weight == 0, "there is no gradient penalty", "add --loss.gp-weight 10"),
         "loss.gp_one_sided": (loss.gp_weight == 0, "there is no gradient penalty", "add --loss.gp-weight 10"),
-        "loss.r1_interval": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma"),
-        "anneal.gamma": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma"),
+        "loss.r1_interval": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma 1"),
+        "anneal.gamma": (no_r, "there is neither R1 nor R2", "add --loss.r1-gamma 1"),
         "loss.pl_interval": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
         "loss.pl_decay": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
         "loss.pl_batch_shrink": (loss.pl_weight == 0, "path length is not regularized", "add --loss.pl-weight 2"),
@@ -144,8 +144,8 @@ def check_used(asked: Config, preset: Config, config: Config) -> None:
         if default is None and option == "loss.r1_interval":
             default = _OFF.r1_interval
         if without_effect and value is not None and value != default:
-            text = f"{value:g}" if isinstance(value, float) else value
-            raise UserError(f"--{option.replace('_', '-')} {text}: {reason}; leave it out, or {remedy}")
+            text = "" if value is True else f" {value:g}"
+            raise UserError(f"--{option.replace('_', '-')}{text}: {reason}; leave it out, or {remedy}")
 
 
 def check_loss(config: Config) -> None:

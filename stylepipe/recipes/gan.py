@@ -198,7 +198,7 @@ class GANRecipe:
                 adversarial = self.objective.g(fake.logits)
         record.stat("Loss/G/adversarial", adversarial)
         if self.objective.anchored:
-            record.stat("Logits/fake_sign_G", fake.logits.sign())
+            record.stat("Logits/fake_sign_G", _sign(fake.logits))
         loss, aux = self._with_aux(adversarial, fake.class_logits, latents.c)
         if aux is not None:
             record.stat("Loss/G/aux", aux)
@@ -301,27 +301,26 @@ class GANRecipe:
         Those of a stage of growth are enlarged to the full size, pixel by pixel.
         """
         numbers, c = self.labels.grid(columns, rows)
-        images = self._images_of(self.G_ema, "grid/z", numbers, c, stage)
+        images = torch.cat([part.cpu() for part in self._images_of(self.G_ema, "grid/z", numbers, c, stage)])
         times = self.config.res // stage.resolution
         return images.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
 
-    def watched(self, count: int, stage: Stage) -> Tensor:
+    def watched(self, count: int, stage: Stage) -> Iterator[Tensor]:
         numbers = list(range(count))
         self.G.eval()
-        images = self._images_of(self.G, "watched/z", numbers, self.labels.draw("watched/c", numbers), stage)
+        yield from self._images_of(self.G, "watched/z", numbers, self.labels.draw("watched/c", numbers), stage)
         self.G.train()
-        return images
 
     @torch.no_grad()
-    def _images_of(self, G: nn.Module, purpose: str, numbers: Sequence[int], c: Tensor, stage: Stage) -> Tensor:
-        """Return images of a generator, [N, R, R, 3] uint8 on the host; as many at a time as in training."""
+    def _images_of(
+        self, G: nn.Module, purpose: str, numbers: Sequence[int], c: Tensor, stage: Stage
+    ) -> Iterator[Tensor]:
+        """Yield images of a generator, [n, R, R, 3] uint8 on the device, as many at a time as in training."""
         self.begin(stage)
-        images = []
         for start in range(0, len(numbers), stage.batch_gpu):
             part = slice(start, start + stage.batch_gpu)
             z = self.draws.normal(purpose, numbers[part], self.G.z_dim)
-            images.append(to_uint8(self.source.sample(G, z, c[part], stage)).cpu())
-        return torch.cat(images)
+            yield to_uint8(self.source.sample(G, z, c[part], stage))
 
     def classes_of_rows(self, rows: int) -> list[int]:
         return self.labels.classes_of_rows(rows)
@@ -400,7 +399,7 @@ class GANRecipe:
         record.stat("Logits/gap", real_logits - fake_logits)
         for kind, logits in (("fake", fake_logits), ("real", real_logits)):
             record.stat(f"Logits/{kind}", logits)
-            record.stat(f"Logits/{kind}_sign", (logits - middle).sign())
+            record.stat(f"Logits/{kind}_sign", _sign(logits - middle))
             record.histogram(f"Logits/{kind}", logits)
         if norms := batch_norms(self.networks["D"]):
             record.average("D_norms", torch.cat([norm.noted.flatten() for norm in norms]))
@@ -437,6 +436,11 @@ class GANRecipe:
 def trial(config: Config, c_dim: int, device: torch.device, batch_gpu: int) -> GANRecipe:
     """Build the recipe for one micro-batch a step, with blank labels: to measure what it takes."""
     return GANRecipe(alone(config, batch_gpu), device, c_dim, lambda rows: torch.zeros(len(rows), c_dim))
+
+
+def _sign(logits: Tensor) -> Tensor:
+    """Return the signs, NaN where the logit is: torch.sign would have 0 there, as of an undecided D."""
+    return torch.where(logits.isnan(), logits, logits.sign())
 
 
 def _share_running_means(average: nn.Module, network: nn.Module) -> None:

@@ -9,6 +9,7 @@ from stylepipe.training.engine import IN_A_ROW
 # As shares of the data's diversity. Runs on faces that go well stay above 0.4 once they are there, and reach 0.7 to 1;
 # collapsed ones fall below 0.1 (docs/results.md). Between the two marks an alarm neither begins nor ends.
 DIVERSE, COLLAPSED = 0.4, 0.25
+NOISE = 1.2  # more diverse than this is what has not begun to look like the data
 PATIENCE_KIMG = 50  # a generator that begins with all images alike has so long to become diverse
 
 
@@ -20,9 +21,9 @@ class Alarms:
     """
 
     def __init__(self, state: Mapping[str, bool] | None = None) -> None:
-        self._diverse, self._collapsed, self._skipping = False, False, False
-        for name, value in (state or {}).items():
-            setattr(self, f"_{name}", bool(value))
+        state = state or {}
+        self._diverse, self._collapsed = bool(state.get("diverse")), bool(state.get("collapsed"))
+        self._skipping = bool(state.get("skipping"))
 
     @property
     def state(self) -> dict[str, bool]:
@@ -35,20 +36,24 @@ class Alarms:
         return {name: text for name, text in found.items() if text}
 
     def _not_finite(self, stats: Mapping[str, float]) -> str:
-        shares = {name.split("/", 1)[1].removesuffix("/not_finite"): share for name, share in stats.items()
-                  if name.endswith("/not_finite") and share > 0}  # fmt: skip
-        began, self._skipping = bool(shares) and not self._skipping, bool(shares)
+        shares = {phase: share for phase, share in _of_phases(stats, "not_finite") if share > 0}
+        began = bool(shares) and not self._skipping
+        # A lazy phase that fails has not always run since the last tick: then its count says that it is not over.
+        self._skipping = bool(shares) or any(count > 0 for _, count in _of_phases(stats, IN_A_ROW))
         if not began:
             return ""
         which = ", ".join(f"{share:.1%} of {phase}" for phase, share in shares.items())
-        return f"updates with inf or NaN gradients were skipped: {which} since the last log line"
+        return (
+            f"updates with inf or NaN gradients were skipped: {which} since the last log line; one now and then "
+            f"does no harm; if they stay, lower the learning rates, strengthen regularization, or try --precision fp32"
+        )
 
     def _mode_collapse(self, stats: Mapping[str, float]) -> str:
         if "Diversity/pairwise" not in stats:
             return ""
         pairwise, nearest = stats["Diversity/pairwise"], stats["Diversity/nearest"]
         lowest = min(pairwise, nearest)
-        self._diverse = self._diverse or lowest > DIVERSE or stats["Progress/kimg"] > PATIENCE_KIMG
+        self._diverse = self._diverse or DIVERSE < lowest < NOISE or stats["Progress/kimg"] > PATIENCE_KIMG
         if lowest > DIVERSE:
             self._collapsed = False
         if self._collapsed or not self._diverse or lowest >= COLLAPSED:
@@ -56,15 +61,23 @@ class Alarms:
         self._collapsed = True
         return (
             f"mode collapse: generated images at fixed latents differ from one another {pairwise:.2f} times as much as "
-            f"the data's, and from the one most like them {nearest:.2f} times; look at the newest grid, and go on from "
-            f"an older state with stronger regularization or a lower learning rate"
+            f"the data's, and from the one most like them {nearest:.2f} times; look at the newest grid; to go on from "
+            f"before, give --resume STATE with another --out, and stronger regularization or lower learning rates"
         )
 
 
-def diverged(stats: Mapping[str, float], updates: int) -> str:
+def divergence_in(stats: Mapping[str, float], updates: int) -> str:
     """Return what has diverged, if the last `updates` updates of a phase were all skipped; else nothing."""
-    for name, count in stats.items():
-        if name.endswith(f"/{IN_A_ROW}") and count >= updates:
-            phase = name.split("/", 1)[1].removesuffix(f"/{IN_A_ROW}")
+    for phase, count in _of_phases(stats, IN_A_ROW):
+        if count >= updates:
             return f"the last {count:.0f} updates of {phase} had inf or NaN gradients, so none of them was made"
     return ""
+
+
+def _of_phases(stats: Mapping[str, float], last: str) -> list[tuple[str, float]]:
+    """Return (phase, value) of the statistics Gradient/<phase>/<last>."""
+    return [
+        (name.removeprefix("Gradient/").removesuffix(f"/{last}"), value)
+        for name, value in stats.items()
+        if name.startswith("Gradient/") and name.endswith(f"/{last}")
+    ]

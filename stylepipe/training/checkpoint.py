@@ -61,14 +61,17 @@ def save_state(
     info: Mapping[str, Any],
     kind: str = "state",
 ) -> Path:
-    """Write `out/<kind>-<kimg>/` and return it; one of that name that is there already is replaced.
+    """Write `out/<kind>-<kimg>/` and return it; one of that name that is there already is replaced when it is whole.
 
-    `info["healthy"]` says whether it is one to roll back to.
+    `info["healthy"]` says whether it is one to roll back to. Of a divergence none is replaced: they are numbered.
     """
     path = out / f"{kind}-{kimg_name(images_seen)}"
-    if path.exists():
-        _delete(path)
-    with atomic_path(path) as folder:
+    if kind == DIVERGED:
+        path = _free(path)
+    whole = path.with_name(f".{path.name}.whole.tmp")
+    if whole.exists():
+        shutil.rmtree(whole)
+    with atomic_path(whole) as folder:
         folder.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "state.safetensors")
         description = {
@@ -79,7 +82,19 @@ def save_state(
             "info": info,
         }
         (folder / "state.json").write_text(json.dumps(description, indent=1) + "\n")
+    if path.exists():
+        _delete(path)
+    whole.rename(path)
     return path
+
+
+def amend_state(path: Path, info: Mapping[str, Any]) -> None:
+    """Change some of what a state says beside its tensors."""
+    file = path / "state.json"
+    description = json.loads(file.read_text())
+    description["info"].update(info)
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(description, indent=1) + "\n")
 
 
 def load_state(path: Path) -> State:
@@ -154,14 +169,22 @@ def prune_states(out: Path, keep: int) -> None:
             _delete(path)
 
 
-def set_aside_later_states(out: Path, path: Path | None) -> None:
-    """Rename the states of `out` later than `path`, or all, from state- to diverged-: no run goes on from them."""
-    for later in sorted(_states(out)):
-        if path is None or later.name > path.name:
-            aside = later.with_name(later.name.replace("state-", f"{DIVERGED}-", 1))
-            if aside.exists():
-                _delete(aside)
-            later.rename(aside)
+def set_aside_later(out: Path, path: Path | None) -> None:
+    """Rename the states and networks of `out` that are later than the state `path`, or all: none goes on from them."""
+    for later in sorted([*_states(out), *out.glob("network-*.safetensors")]):
+        kind, _, kimg = later.name.partition("-")
+        if path is None or kimg.removesuffix(".safetensors") > path.name.partition("-")[2]:
+            later.rename(_free(out / (f"{DIVERGED}-{kimg}" if kind == "state" else f"{DIVERGED}-{later.name}")))
+
+
+def _free(path: Path) -> Path:
+    """Return a path itself, or with the first number that is free behind its name."""
+    end = ".safetensors" if path.suffix == ".safetensors" else ""  # what follows the last dot of a state is kimg
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name.removesuffix(end)}-{number}{end}")
+    return free
 
 
 def clear_remains(out: Path) -> None:

@@ -116,15 +116,28 @@ class Engine:
         averages = self.record.take_averages(rounds)
         if self.world_size > 1:
             average_([*gradients, *averages.values()])
-        # One look at all gradients; where any is not finite, the optimizer skips the update on the device.
+        # One look at all gradients: where any is not finite, or their squares are not, the optimizer skips the update
+        # on the device.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         failed = norm.isfinite().logical_not().float()
         self.record.stat(f"Gradient/{phase.name}/norm", norm)
         self.record.stat(f"Gradient/{phase.name}/not_finite", failed)
-        self._count_skipped(phase.name, failed)
+        count = self.skipped[phase.name]
+        count.add_(failed)
+        count[1].mul_(failed)
         annealed = self.recipe.anneal(stage)
         optimizer.step(stage.lr_multiplier * annealed.lr, failed, annealed.beta2)
         phase.after(averages, stage)
+
+    def note_skipped(self) -> None:
+        """Have the next tick report the counts of all phases, of those too that have not run since the last."""
+        for name, count in self.skipped.items():
+            self.record.latest(f"Gradient/{name}/skipped", count[0])
+            self.record.latest(f"Gradient/{name}/{IN_A_ROW}", count[1])
+
+    def is_healthy(self) -> bool:
+        """Tell whether the last update of every phase was made; waits for the device."""
+        return all(float(count[1]) == 0 for count in self.skipped.values())
 
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that exact resuming needs, by name, without copying."""
@@ -177,13 +190,6 @@ class Engine:
             used = [p for p in arena.trained if id(p) in parameters]
             self._used[name] = Used(used, arena.windows(used))
             self.optimizers[name].use(self._used[name].windows)
-
-    def _count_skipped(self, phase: str, failed: Tensor) -> None:
-        count = self.skipped[phase]
-        count.add_(failed)
-        count[1].mul_(failed)
-        self.record.latest(f"Gradient/{phase}/skipped", count[0])
-        self.record.latest(f"Gradient/{phase}/{IN_A_ROW}", count[1])
 
     def _optimizer(self, name: str, optim: OptimConfig) -> Adam:
         """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).

@@ -42,15 +42,16 @@ class Record:
         self._averages: dict[str, Tensor] = {}
 
     def stat(self, name: str, values: Tensor) -> None:
-        """Add `values` of any shape to the mean that the next tick reports under `name`."""
-        values = values.detach()
+        """Add `values` of any shape to the mean that the next tick reports under `name`; inf and NaN are left out."""
+        values = values.detach().double()
         if name not in self._sums:
             self._sums[name] = torch.zeros(2, device=self.device, dtype=torch.float64)
-        self._sums[name] += torch.stack([values.double().sum(), self._count(values)])
+        finite = values.isfinite()
+        self._sums[name] += torch.stack([torch.where(finite, values, 0.0).sum(), finite.sum().double()])
 
     def latest(self, name: str, value: Tensor) -> None:
         """Have the next tick report `value` [] under `name`: not a mean over steps, but the newest one."""
-        self._sums[name] = torch.stack([value.detach().double(), self._count(value)])
+        self._sums[name] = torch.stack([value.detach().double(), torch.ones((), device=self.device).double()])
 
     def histogram(self, name: str, values: Tensor) -> None:
         """Keep the latest `values` for the next tick."""
@@ -71,9 +72,6 @@ class Record:
         """Return [2] float64 (sum, count) for each statistic, and start anew."""
         sums, self._sums = self._sums, {}
         return sums
-
-    def _count(self, values: Tensor) -> Tensor:
-        return torch.full((), values.numel(), device=self.device, dtype=torch.float64)
 
 
 def _nothing(averages: Mapping[str, Tensor], stage: Stage) -> None:
@@ -165,10 +163,10 @@ class Recipe(Protocol):
         """Return images for a grid at fixed latents, row by row, [N, H, W, 3] uint8 on the host."""
         ...
 
-    def watched(self, count: int, stage: Stage) -> Tensor:
-        """Return images of the newest weights, not averaged, at fixed latents, [N, R, R, 3] uint8 on the host.
+    def watched(self, count: int, stage: Stage) -> Iterator[Tensor]:
+        """Yield images of the newest weights, not averaged, at fixed latents, some at a time.
 
-        R is the stage's resolution.
+        Each is [n, R, R, 3] uint8 on the device, R the stage's resolution.
         """
         ...
 

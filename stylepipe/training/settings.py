@@ -28,6 +28,12 @@ def changes_since(state: State, config: Config) -> list[str]:
     return lines
 
 
+def penalties_changed(state: State, config: Config) -> bool:
+    """Tell whether the weights of R1, R2 or the gradient penalty are not those that a state was saved with."""
+    before = state.info.get("config", {}).get("loss", {})
+    return any(before.get(name) != getattr(config.loss, name) for name in ("r1_gamma", "r2_gamma", "gp_weight"))
+
+
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
     """Return a line for each setting in which a run that goes on differs from the one that saved the state."""
     lines = []

@@ -19,11 +19,12 @@ from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
 from stylepipe.training.checkpoint import (
     DIVERGED,
+    amend_state,
     kimg_name,
     newest_healthy_state,
     prune_states,
     save_state,
-    set_aside_later_states,
+    set_aside_later,
 )
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
@@ -49,6 +50,8 @@ class Snapshots:
         history: what states shall say of how the run fared until now; see `stylepipe.training.trainer`.
     """
 
+    history: dict[str, Any]
+
     def __init__(
         self,
         config: Config,
@@ -61,7 +64,7 @@ class Snapshots:
     ) -> None:
         self.config, self.engine, self.dataset, self.out = config, engine, dataset, out
         self.tracker, self.say, self.origin = tracker, say, origin
-        self.history: dict[str, Any] = {}
+        self.history = {}
 
     def real_grid(self) -> None:
         """Save the data's images that every grid of the run is to be compared with."""
@@ -97,7 +100,7 @@ class Snapshots:
         network, beside = self.engine.recipe.export(stage)
         if not self.config.snapshot_with_d:
             beside = {}
-        with self._saving():
+        with self._cannot_save():
             save_network(network_path, network, beside=beside, metadata={**self.origin, **metadata})
             path = self._save_state()
             prune_states(self.out, self.config.keep_states)
@@ -105,40 +108,39 @@ class Snapshots:
             self.tracker.log_artifact(network_path)
         self.say(f"saved: {path}, {network_path.name}")
 
-    def diverged(self) -> tuple[Path, Path | None]:
-        """Keep a state of a diverged training and copies of its logs, and set aside all states since the healthy one.
+    def set_aside(self) -> tuple[str, Path | None]:
+        """Keep a diverged training's state and logs, and set aside what was saved since the last healthy state.
 
-        No run goes on from these by itself.
+        No run goes on from these by itself. Where there is no room for it, the state is not kept.
 
         Returns:
-            what was kept, and the newest healthy state, if there is one.
-
-        Raises:
-            UserError: as for `snapshot`.
+            where it was kept, or why not, for people; and the newest healthy state, if there is one.
         """
-        with self._saving():
+        healthy = newest_healthy_state(self.out)
+        set_aside_later(self.out, healthy)
+        try:
             kept = self._save_state(DIVERGED)
             for name in (LOG_NAME, STATS_NAME):
                 shutil.copy(self.out / name, kept)
-            healthy = newest_healthy_state(self.out)
-            set_aside_later_states(self.out, healthy)
-        return kept, healthy
+        except (OSError, SafetensorError) as error:
+            return f"the diverged state could not be kept ({error})", healthy
+        return f"the diverged state is kept as {kept}", healthy
 
-    def state(self) -> None:
-        """Save the state alone, in place of one that is there already, with the history that it has now.
+    def amend(self, path: Path) -> None:
+        """Have a state that is there say how the run fares now.
 
         Raises:
             UserError: as for `snapshot`.
         """
-        with self._saving():
-            self._save_state()
+        with self._cannot_save():
+            amend_state(path, {**self.history, "healthy": True})
 
     def _save_state(self, kind: str = "state") -> Path:
         engine = self.engine
         return save_state(self.out, engine.images_seen, engine.state(), engine.layout(), self._info(), kind)
 
     @contextmanager
-    def _saving(self) -> Iterator[None]:
+    def _cannot_save(self) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -150,6 +152,7 @@ class Snapshots:
     def _info(self) -> dict[str, Any]:
         return {
             **self.history,
+            "healthy": self.engine.is_healthy(),
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
             "config": config_mapping(self.config),

@@ -69,7 +69,7 @@ class Tracker:
             self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             self._tracker = _start_wandb(accelerator, project, dict(config), out, self.run_id)
         else:
-            self._tracker = self._start_tensorboard(images_seen)
+            self._tracker = self._start_tensorboard(images_seen + 1 if images_seen else None)
             self._tracker.tracker.add_text("config", "\n".join(f"    {line}" for line in _lines(config)))
             logger.info("TensorBoard: tensorboard --logdir %s", out / "tensorboard")
 
@@ -111,7 +111,7 @@ class Tracker:
             import wandb
 
             artifact = wandb.Artifact(f"network-{self.run_id}", type="model")
-            artifact.add_file(str(path), policy="immutable")  # network files never change: no copy into W&B's cache
+            artifact.add_file(str(path))  # into W&B's cache: a run that is rolled back writes other files of this name
             self._tracker.tracker.log_artifact(artifact)
 
     def alert(self, name: str, text: str, images_seen: int) -> None:
@@ -125,7 +125,7 @@ class Tracker:
         """Let the run go on from before: TensorBoard drops what came later, W&B draws its lines back from there."""
         if isinstance(self._tracker, TensorBoardTracker):
             self._tracker.finish()
-            self._tracker = self._start_tensorboard(images_seen)
+            self._tracker = self._start_tensorboard(images_seen + 1)
 
     def finish(self) -> None:
         """Send or write what is still waiting."""
@@ -133,8 +133,7 @@ class Tracker:
             self._tracker.finish()
             self._tracker = None
 
-    def _start_tensorboard(self, images_seen: int) -> TensorBoardTracker:
-        purge_step = images_seen + 1 if images_seen else None
+    def _start_tensorboard(self, purge_step: int | None) -> TensorBoardTracker:
         tracker = TensorBoardTracker("tensorboard", self._out, purge_step=purge_step)
         _start(self._accelerator, tracker, self._project)
         return tracker

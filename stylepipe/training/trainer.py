@@ -21,13 +21,13 @@ from stylepipe.datasets.reader import Batch, Reader
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
-from stylepipe.training.alarms import Alarms, diverged
+from stylepipe.training.alarms import Alarms, divergence_in
 from stylepipe.training.checkpoint import (
     State,
     check_fits,
     clear_remains,
     load_state,
-    newest_state,
+    newest_healthy_state,
 )
 from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
 from stylepipe.training.engine import Engine
@@ -37,7 +37,7 @@ from stylepipe.training.launched import launcher_process
 from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import Progress, RunLog
-from stylepipe.training.settings import changes_since, check_growth, config_mapping
+from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import Tracker
 from stylepipe.training.watch import DiversityWatch
@@ -106,10 +106,11 @@ class Trainer:
                 logger.warning(
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
-        history = {} if state is None else state.info
+        history = {} if state is None or penalties_changed(state, config) else state.info
         self.rollbacks: int = history.get("rollbacks", 0)
+        self._rollbacks_in_a_row: int = history.get("rollbacks_in_a_row", 0)
         self._penalties = recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
-        self._alarms = Alarms(history.get("alarms"))
+        self._alarms = Alarms({} if state is None else state.info.get("alarms"))
         self._diversity = DiversityWatch(recipe, dataset)
         self.first_image = self.engine.images_seen
         self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
@@ -133,7 +134,7 @@ class Trainer:
             images_seen=self.engine.images_seen,
         )
         self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
-        self._note_history(healthy=True)
+        self._note_history()
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
     def run(self) -> Interrupt:
@@ -150,20 +151,17 @@ class Trainer:
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
                 self._on_main(partial(self.snapshots.grid, self._last))
-            if (
-                self.config.on_divergence == "rollback"
-                and on_main_process(self.accelerator, newest_state, self.out) is None
-            ):
-                self._on_main(partial(self.snapshots.snapshot, self._last))  # something to roll back to
+            if self.config.on_divergence == "rollback":
+                self._see_to_a_healthy_state()
             self._open_data()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             interrupted = False
             while not (interrupted or self.finished):
                 if _data_of(self.stage) != _data_of(self._last):
                     self.say(self._stage_line())
-                    self._saving(self._open_data)
+                    self._or_save(partial(on_every_process, self.accelerator, self._open_data))
                 self._last = self.stage
-                self.engine.step(self._saving(partial(next, self._data)))
+                self.engine.step(self._or_save(partial(next, self._data)))
                 self.progress.update(self.engine.images_seen)
                 interrupted = interrupt.agreed()
                 self._keep_up(interrupted)
@@ -190,6 +188,7 @@ class Trainer:
     def _open_data(self) -> None:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
+        self._data: Iterator[Batch] = iter(())  # first the old one's processes end, and give their memory back
         reader = Reader(
             self.dataset.level(stage.resolution),
             batch_size=stage.batch_size,
@@ -201,9 +200,9 @@ class Trainer:
             num_workers=self._workers(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        self._data: Iterator[Batch] = iter(reader)
+        self._data = iter(reader)
 
-    def _saving(self, read: Callable[[], T]) -> T:
+    def _or_save(self, read: Callable[[], T]) -> T:
         """Return what is read of the data; if that fails, one process alone saves what it has learnt before it ends.
 
         Of several processes the others know nothing of it and cannot agree to save; they end with the last state.
@@ -222,12 +221,16 @@ class Trainer:
         diversity = self._due(self.config.diversity_kimg)
         if not (snapshot or grid or diversity or self._due(self.config.tick_kimg)):
             return
-        divergence = self._tick(diversity)
+        stats = self._tick(diversity)
+        divergence = divergence_in(stats, self.config.divergence_updates)
         if grid:
             self._on_main(partial(self.snapshots.grid, self._last))
         if divergence:
             self._recover(divergence)
         elif snapshot:
+            if not divergence_in(stats, 1):
+                self._rollbacks_in_a_row = 0
+            self._note_history()
             self._on_main(partial(self.snapshots.snapshot, self._last))
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
@@ -237,40 +240,62 @@ class Trainer:
         Raises:
             UserError: the training stops here.
         """
-        kept, healthy = on_main_process(self.accelerator, self.snapshots.diverged)
+        kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
-        if self.config.on_divergence == "stop" or healthy is None or self.rollbacks == MAX_ROLLBACKS:
-            raise UserError(f"{happened}; {self._way_out(kept, healthy)}")
+        given_up = self._rollbacks_in_a_row == MAX_ROLLBACKS
+        if self.config.on_divergence == "stop" or healthy is None or given_up:
+            self._on_main(partial(_stop, f"{happened}; {self._way_out(healthy, given_up)}; {kept}"))
+        assert healthy is not None
         state = on_every_process(self.accelerator, load_state, healthy)
         self.engine.load_state(state.tensors, state.images_seen)
         self.rollbacks += 1
+        self._rollbacks_in_a_row += 1
         self._penalties = self.recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
         self._alarms = Alarms(state.info.get("alarms"))
+        self._note_history()
         self._last = self.stage
-        self._open_data()
-        self._note_history(healthy=True)
-        if self.log is not None:
-            self.log.rewind(state.images_seen)
-            self.tracker.rewind(state.images_seen)
-        told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; of before, {kept} is kept"
-        self._raise_alarms({"rollback": told})
-        if self.log is not None:
-            self.log.stats(state.images_seen, {"Alarm/rollback": told})
-        self._on_main(self.snapshots.state)
+        self._on_main(partial(self.snapshots.amend, healthy))  # before it is told: a resumed run goes on the same way
+        told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; {kept}"
+        self._on_main(partial(self._tell_rollback, told))
+        on_every_process(self.accelerator, self._open_data)
 
-    def _way_out(self, kept: Path, healthy: Path | None) -> str:
+    def _tell_rollback(self, told: str) -> None:
+        assert self.log is not None
+        seen = self.engine.images_seen
+        try:
+            self.log.rewind(seen)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.out}: {error}; make room, then start the same command") from error
+        self.tracker.rewind(seen)
+        self._raise_alarms({"rollback": told})
+        self.log.stats(seen, {"Alarm/rollback": told})
+
+    def _way_out(self, healthy: Path | None, given_up: bool) -> str:
         """Return what to do about a divergence that stops the training."""
         again = f"start the same command with --out {self.out}"
         if healthy is None:
-            way = "no state was saved before; start anew in another --out"
-        elif self.rollbacks == MAX_ROLLBACKS:
-            way = f"it was rolled back {self.rollbacks} times already, up to {self._penalties}; {again}"
+            way = "no healthy state was saved before; start anew in another --out"
+        elif given_up:
+            way = f"it was rolled back {MAX_ROLLBACKS} times in a row, up to {self._penalties}; {again}"
         else:
             way = f"{again} to go on from {healthy.name}"
         remedies = ["a lower --optim.g-lr and --optim.d-lr", "stronger regularization"]
         if self.config.on_divergence == "stop":
             remedies.append("--on-divergence rollback")
-        return f"{way}, with {', or '.join(remedies)}; the diverged state is kept as {kept}"
+        return f"{way}, with {', or '.join(remedies)}"
+
+    def _see_to_a_healthy_state(self) -> None:
+        """Save a state to roll back to where there is none yet, and see that every process can read it."""
+        if on_main_process(self.accelerator, newest_healthy_state, self.out) is None:
+            self._on_main(partial(self.snapshots.snapshot, self._last))
+        on_every_process(self.accelerator, self._check_readable)
+
+    def _check_readable(self) -> None:
+        if newest_healthy_state(self.out) is None:
+            raise UserError(
+                f"--on-divergence rollback: not every process finds a healthy state in {self.out}; put --out on a disk "
+                f"that all machines share, or start from a state that was saved while gradients were finite"
+            )
 
     def _due(self, kimg: float) -> bool:
         """Tell whether the last step crossed a multiple of `kimg`."""
@@ -278,8 +303,9 @@ class Trainer:
         seen = self.engine.images_seen
         return seen // interval != (seen - self._last.batch_size) // interval
 
-    def _tick(self, diversity: bool) -> str:
-        """Report the means since the last tick; return what has diverged, if anything."""
+    def _tick(self, diversity: bool) -> dict[str, float]:
+        """Report the means since the last tick and return them, on every process."""
+        self.engine.note_skipped()
         stats = self._gather_statistics()
         seen = self.engine.images_seen
         seconds, images = time.perf_counter() - self._tick_start, seen - self._tick_images
@@ -292,11 +318,12 @@ class Trainer:
             "Timing/sec_per_kimg": seconds / images * 1000,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
-        divergence = diverged(stats, self.config.divergence_updates)
+        if diversity:
+            stats |= on_main_process(self.accelerator, self._diversity.measure, self._last)
+        alarms = self._alarms.look(stats)
+        if divergence := divergence_in(stats, self.config.divergence_updates):
+            alarms["divergence"] = divergence
         if self.log is not None:
-            if diversity:
-                stats |= self._diversity.measure(self._last)
-            alarms = self._alarms.look(stats) | ({"divergence": divergence} if divergence else {})
             told = {f"Alarm/{name}": text for name, text in alarms.items()}
             self.log.stats(seen, stats | {"world_size": self.accelerator.num_processes} | told)
             self.tracker.log(stats, seen)
@@ -307,17 +334,20 @@ class Trainer:
             self.log.line(line)
             self.progress.tick(line, {label: value for label, value in headline.items() if value is not None})
             self._raise_alarms(alarms)
-        self._note_history(healthy=not diverged(stats, 1))
-        return divergence
+        return stats
 
     def _raise_alarms(self, alarms: Mapping[str, str]) -> None:
         for name, text in alarms.items():
             self.say(f"ALARM {name}: {text}")
             self.tracker.alert(name, text, self.engine.images_seen)
 
-    def _note_history(self, healthy: bool) -> None:
+    def _note_history(self) -> None:
         """Have the next state say how the run fares."""
-        self.snapshots.history = {"healthy": healthy, "rollbacks": self.rollbacks, "alarms": self._alarms.state}
+        self.snapshots.history = {
+            "rollbacks": self.rollbacks,
+            "rollbacks_in_a_row": self._rollbacks_in_a_row,
+            "alarms": self._alarms.state,
+        }
 
     def _gather_statistics(self) -> dict[str, float]:
         sums = self.engine.record.take_sums()
@@ -396,6 +426,10 @@ def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
     wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
     return end_of(schedule, first_image, wanted)
+
+
+def _stop(message: str) -> None:
+    raise UserError(message)
 
 
 def _data_of(stage: Stage) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class DiversityWatch:
         """
         if self._count < 2:
             return {}
-        img = thumbnails(self._recipe.watched(self._count, stage))
+        img = torch.cat([thumbnails(part).cpu() for part in self._recipe.watched(self._count, stage)])
         if (side := img.shape[2]) not in self._real:
             img_of_data = thumbnails(torch.from_numpy(self._dataset.read(range(self._count))))
             self._real[side] = diversity(avg_pool2d(img_of_data, img_of_data.shape[2] // side))

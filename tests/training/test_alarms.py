@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from stylepipe.metrics.diversity import diversity, thumbnails
-from stylepipe.training.alarms import COLLAPSED, DIVERSE, PATIENCE_KIMG, Alarms, diverged
+from stylepipe.training.alarms import COLLAPSED, DIVERSE, PATIENCE_KIMG, Alarms, divergence_in
 
 
 def tick(kimg: float, share: float | None = None, **more: float) -> dict[str, float]:
-    measured = {} if share is None else {"Diversity/pairwise": 1.0, "Diversity/nearest": share}
+    measured = {} if share is None else {"Diversity/pairwise": share, "Diversity/nearest": share}
     return {"Progress/kimg": kimg, **measured, **more}
 
 
@@ -65,19 +65,34 @@ def test_alarms_go_on_from_their_state() -> None:
 def test_skipped_updates_are_told_when_they_begin() -> None:
     alarms = Alarms()
     bad = {"Gradient/G/main/not_finite": 0.25, "Gradient/D/main/not_finite": 0.0}
-    assert alarms.look(tick(1, **bad)) == {
-        "not_finite": "updates with inf or NaN gradients were skipped: 25.0% of G/main since the last log line"
-    }
+    text = alarms.look(tick(1, **bad))["not_finite"]
+    assert text.startswith("updates with inf or NaN gradients were skipped: 25.0% of G/main since the last log line;")
     assert alarms.look(tick(2, **bad)) == {}
     assert alarms.look(tick(3)) == {}
     assert "not_finite" in alarms.look(tick(4, **bad))
 
 
+def test_a_lazy_phase_that_fails_is_told_once_though_it_does_not_run_in_every_tick() -> None:
+    alarms = Alarms()
+    failed = {"Gradient/D/r1/not_finite": 1.0, "Gradient/D/r1/skipped_in_a_row": 1.0}
+    assert "not_finite" in alarms.look(tick(1, **failed))
+    assert alarms.look(tick(2, **{"Gradient/D/r1/skipped_in_a_row": 1.0})) == {}
+    assert alarms.look(tick(3, **failed | {"Gradient/D/r1/skipped_in_a_row": 2.0})) == {}
+    assert alarms.look(tick(4, **{"Gradient/D/r1/not_finite": 0.0, "Gradient/D/r1/skipped_in_a_row": 0.0})) == {}
+    assert "not_finite" in alarms.look(tick(5, **failed))
+
+
+def test_noise_is_no_diversity_that_could_be_lost() -> None:
+    """StyleGAN2's first images are more diverse than any data."""
+    assert raised(Alarms(), [1.9, 1.5, 0.2, 0.2, 0.5, 0.9]) == []
+    assert raised(Alarms(), [1.9, 1.1, 0.2]) == [2]
+
+
 def test_a_divergence_is_so_many_skipped_updates_of_one_phase_in_a_row() -> None:
     stats = {"Gradient/G/main/skipped_in_a_row": 19.0, "Gradient/D/r1/skipped_in_a_row": 3.0}
-    assert diverged(stats, 20) == ""
-    assert "the last 19 updates of G/main" in diverged(stats, 19)
-    assert "D/r1" in diverged({"Gradient/D/r1/skipped_in_a_row": 3.0}, 3)
+    assert divergence_in(stats, 20) == ""
+    assert "the last 19 updates of G/main" in divergence_in(stats, 19)
+    assert "D/r1" in divergence_in({"Gradient/D/r1/skipped_in_a_row": 3.0}, 3)
 
 
 def test_diversity_is_the_distance_of_images() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
+from stylepipe.recipes.gan import GANRecipe
+from stylepipe.training import checkpoint
 from stylepipe.training.checkpoint import load_state, newest_healthy_state
 
 SCRIPT = Path(__file__).with_name("poisoned_train.py")
@@ -69,6 +72,9 @@ def test_a_divergence_stops_with_a_state_to_look_at_and_the_healthy_one_to_go_on
     assert folders(out) == ["diverged-000000.064", "diverged-000000.080", "state-000000.032"], (
         "one saved on the way there"
     )
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        *("network-000000.032.safetensors", "diverged-network-000000.064.safetensors")
+    }
     assert alarms_of(out) == [(48, "Alarm/not_finite"), (80, "Alarm/divergence")]
     log = (out / "log.txt").read_text()
     assert log.count("ALARM not_finite: updates with inf or NaN gradients were skipped: 50.0% of D/main") == 1
@@ -92,7 +98,7 @@ def test_a_rollback_goes_on_from_the_healthy_state_with_more_regularization(shar
     with poison(40, cured_by=4):
         assert main(options(shards, out, 0.096, "--on-divergence", "rollback")) == 0
     assert folders(out) == [
-        *("diverged-000000.064", "diverged-000000.080"),
+        *("diverged-000000.064", "diverged-000000.064-2", "diverged-000000.080", "diverged-000000.080-2"),
         *("state-000000.032", "state-000000.064", "state-000000.096"),
     ]
     assert alarms_of(out) == [(32, "Alarm/rollback")] * 2
@@ -102,7 +108,8 @@ def test_a_rollback_goes_on_from_the_healthy_state_with_more_regularization(shar
     assert "with R1 40 from there on" in told[1]
     seen = [line["images_seen"] for line in stats_of(out)]
     assert seen == [16, 32, 32, 32, 48, 64, 80, 96]
-    assert (out / "diverged-000000.080" / "stats.jsonl").read_text().count("Alarm/divergence") == 1
+    for kept in ("diverged-000000.080", "diverged-000000.080-2"):
+        assert (out / kept / "stats.jsonl").read_text().count("Alarm/divergence") == 1
     assert "ALARM divergence" in (out / "diverged-000000.080" / "log.txt").read_text()
 
     # From the same state with R1's weight as it became, and never a divergence: the same to the bit.
@@ -137,15 +144,16 @@ def test_what_diverges_at_once_goes_back_to_its_beginning_and_in_the_end_stops(s
     with poison(0, cured_by=1e9):
         assert main(options(shards, out, 1, "--on-divergence", "rollback")) == 2
     message = capsys.readouterr().err
-    assert "rolled back 4 times already, up to R1 160" in message
-    assert folders(out) == ["diverged-000000.032", "state-000000.000"]
+    assert "rolled back 4 times in a row, up to R1 160" in message
+    kept = ["diverged-000000.032", *(f"diverged-000000.032-{number}" for number in (2, 3, 4, 5)), "state-000000.000"]
+    assert folders(out) == sorted(kept), "one of each"
 
 
 def test_without_a_state_the_message_says_to_start_anew(shards, tmp_path, capsys):
     out = tmp_path / "out"
     with poison(0, cured_by=2):
         assert main(options(shards, out, 1)) == 2
-    assert "no state was saved before; start anew in another --out" in capsys.readouterr().err
+    assert "no healthy state was saved before; start anew in another --out" in capsys.readouterr().err
     assert folders(out) == ["diverged-000000.032"]
 
 
@@ -159,6 +167,83 @@ def test_a_state_saved_while_gradients_fail_is_not_rolled_back_to(shards, tmp_pa
         assert main(options(shards, out, 0.096, *rollback)) == 0
     assert folders(out) == ["diverged-000000.064", "diverged-000000.080", "state-000000.096"]
     assert tensors_of(out / "state-000000.096")["skipped.D/main"].tolist() == [0, 0]
+
+
+def test_a_full_disk_at_a_divergence_costs_no_healthy_state(shards, tmp_path, monkeypatch):
+    out, save_file = tmp_path / "out", checkpoint.save_file
+
+    def full(tensors, path):
+        if checkpoint.DIVERGED in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with poison(40, cured_by=2):
+        assert main(options(shards, out, 0.096, "--on-divergence", "rollback", "--keep-states", "1")) == 0
+    (told,) = [line["Alarm/rollback"] for line in stats_of(out) if "Alarm/rollback" in line]
+    assert "the diverged state could not be kept" in told
+    assert folders(out) == ["diverged-000000.064", "state-000000.096"]
+    assert not [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_state_that_is_replaced_is_there_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    weights = {"a": torch.ones(3)}
+    path = checkpoint.save_state(tmp_path, 8, weights, {}, {})
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save_state(tmp_path, 8, weights, {}, {})
+    assert torch.equal(load_state(path).tensors["a"], weights["a"])
+    checkpoint.save_state(tmp_path, 8, {"a": torch.zeros(3)}, {}, {})
+    assert torch.equal(load_state(path).tensors["a"], torch.zeros(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["state-000000.008"]
+
+
+def test_a_lazy_phase_that_fails_makes_a_state_unhealthy_though_it_did_not_run_since_the_last_tick(
+    shards, tmp_path, monkeypatch
+):
+    """R1 runs at every fourth step, and a tick is two: half of the ticks say nothing of it."""
+    penalty = GANRecipe.d_penalty
+
+    def failing(self, batch, record):
+        for term in penalty(self, batch, record):
+            yield term * float("nan")
+
+    monkeypatch.setattr(GANRecipe, "d_penalty", failing)
+    out = tmp_path / "out"
+    more = ["--snapshot-kimg", "0.016", "--divergence-updates", "100", "--keep-states", "0"]
+    assert main(options(shards, out, 0.064, *more)) == 0
+    assert {path.name: load_state(path).info["healthy"] for path in out.glob("state-*")} == {
+        f"state-000000.{kimg}": False for kimg in ("016", "032", "048", "064")
+    }
+    assert (out / "log.txt").read_text().count("ALARM not_finite") == 1
+
+
+def test_another_weight_of_a_penalty_begins_anew(shards, tmp_path):
+    out = tmp_path / "out"
+    with poison(40, cured_by=2):
+        assert main(options(shards, out, 0.096, "--on-divergence", "rollback")) == 0
+    assert load_state(out / "state-000000.096").info["rollbacks"] == 1
+    assert main(options(shards, out, 0.128, "--loss.r1-gamma", "15")) == 0
+    assert load_state(out / "state-000000.128").info["rollbacks"] == 0
+
+
+def test_a_growing_training_rolls_back_over_a_stage(shards, tmp_path):
+    """It diverges while 16 px fade in, goes back to 8 px, and on as with more regularization from there."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    growing = ["--growth.start-res", "8", "--growth.stable-kimg", "0.04", "--growth.fade-kimg", "0.024"]
+    with poison(48, cured_by=2):
+        assert main(options(shards, out, 0.096, *growing, "--on-divergence", "rollback")) == 0
+    assert alarms_of(out) == [(32, "Alarm/rollback")]
+    assert main(options(shards, other, 0.032, *growing)) == 0
+    assert main(options(shards, other, 0.096, *growing, "--loss.r1-gamma", "20")) == 0
+    ours, theirs = tensors_of(out / "state-000000.096"), tensors_of(other / "state-000000.096")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs if "skipped" not in name)
 
 
 def test_a_rollback_without_penalties_is_refused(shards, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from watchdog import NoHostSync
 
 from stylepipe.config import LossConfig, NetworkConfig, OptimConfig
+from stylepipe.training.phase import Record
 
 PHASES = ["G/main", "G/path_length", "D/main", "D/r1"]
 
@@ -121,14 +122,27 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(make_engin
         elif name != "G.buffer.mapping.w_avg":  # G/main's latents were healthy, so it may have followed
             assert torch.equal(tensor, before[name]), name
         assert tensor.isfinite().all(), name
+    assert not engine.is_healthy()
+    engine.note_skipped()
     sums = engine.record.take_sums()
     for statistic in ("not_finite", "skipped", "skipped_in_a_row"):
         assert sums[f"Gradient/{phase}/{statistic}"].tolist() == [1.0, 1.0]
+    assert sum(name.endswith("/skipped_in_a_row") for name in sums) == len(engine.recipe.phases)
 
     run(engine, batch_at(8), phase)
+    engine.note_skipped()
     sums = engine.record.take_sums()
     assert sums[f"Gradient/{phase}/skipped"].tolist() == [1.0, 1.0]
     assert sums[f"Gradient/{phase}/skipped_in_a_row"].tolist() == [0.0, 1.0]
+    assert engine.is_healthy()
+
+
+def test_means_leave_out_what_is_not_finite():
+    record = Record(torch.device("cpu"))
+    record.stat("a", torch.tensor([1.0, float("nan"), 3.0, float("inf"), -float("inf")]))
+    record.stat("b", torch.tensor([float("nan")]))
+    record.stat("a", torch.tensor([5.0]))
+    assert {name: sums.tolist() for name, sums in record.take_sums().items()} == {"a": [9.0, 3.0], "b": [0.0, 0.0]}
 
 
 def test_a_state_continues_to_the_bit(make_engine, batch_at):
