@@ -12,32 +12,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
-from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.drawn_dataset import DRAWN_COUNTS, draw_dataset
 from stylepipe.datasets.labels import find_labels
-from stylepipe.datasets.levels import DatasetWriter, build_levels, encode_levels, level_resolutions
-from stylepipe.datasets.manifest import FORMAT_VERSION, FileRecord, Manifest
-from stylepipe.datasets.photos import encode, printable
+from stylepipe.datasets.levels import build_levels, level_resolutions
+from stylepipe.datasets.manifest import FORMAT_VERSION
+from stylepipe.datasets.photos import printable
 from stylepipe.datasets.preparation import Preparation, check_resolution
 from stylepipe.datasets.prepare import prepare, tool_versions
-from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order
-from stylepipe.datasets.progress import with_progress
 from stylepipe.datasets.shards import is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
-from stylepipe.datasets.writer import new_dataset_folder
 from stylepipe.errors import UserError
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
 
-# Constants, so that the built-in data is the same everywhere; chosen to be drawn within 40 s on two cores.
-DRAWN_COUNTS = {8: 4096, 16: 4096, 32: 4096, 64: 4096, 128: 4096, 256: 2048, 512: 1024, 1024: 512}
-_DRAWN_FORMAT = "png"
 _DRAWN_WITHOUT_LABELS = "the built-in faces have no labels; name data that has with --data, or leave out --cond"
-_FACES_PER_TASK = 16
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +138,8 @@ def _drawn_faces(
     stamp = hashlib.sha256(_options_stamp(resolution, DRAWN_COUNTS[resolution]))
     for module in sorted(Path(__file__).parent.glob("drawn*.py")):
         stamp.update(module.read_bytes())
-    build = partial(_draw_dataset, resolution=resolution, workers=workers, levels=levels, progress=progress)
+    count = DRAWN_COUNTS[resolution]
+    build = partial(draw_dataset, resolution=resolution, count=count, levels=levels, workers=workers, progress=progress)
     return f"drawn-{resolution}-{stamp.hexdigest()[:16]}", build
 
 
@@ -187,28 +178,3 @@ def _lock(path: Path) -> Iterator[None]:
         except OSError as error:  # some network file systems have no locks
             log.warning("%s cannot be locked (%s); start one process at a time", path, error.strerror)
         yield
-
-
-def _draw_dataset(out: Path, *, resolution: int, workers: int | None, levels: bool, progress: bool) -> None:
-    count = DRAWN_COUNTS[resolution]
-    draw = partial(_draw, resolution=resolution, levels=levels)
-    smaller = level_resolutions(resolution) if levels else []
-    faces = chain.from_iterable(map_in_order(draw, in_tasks(count, _FACES_PER_TASK), workers or available_cpus()))
-    with new_dataset_folder(out) as folder, DatasetWriter(folder, smaller) as writer:
-        for face in with_progress(faces, count, f"drawing faces at {resolution} px", progress):
-            writer.add(face)
-
-        def describe(index: FileRecord) -> Manifest:
-            return Manifest("drawn", count, resolution, _DRAWN_FORMAT, index, shards=(), tool=tool_versions())
-
-        writer.finish(describe)
-
-
-def _draw(indices: range, *, resolution: int, levels: bool) -> list[list[bytes]]:
-    """Do one task, in a worker: of each face the full image, then its levels."""
-    faces = []
-    for index in indices:
-        face = draw_face(index, resolution)
-        averages = encode_levels(np.asarray(face), _DRAWN_FORMAT) if levels else []
-        faces.append([encode(face, _DRAWN_FORMAT), *averages])
-    return faces

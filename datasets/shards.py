@@ -233,20 +233,6 @@ def load_manifest(path: str | Path) -> Manifest:
         ) from error
 
 
-def verify(path: str | Path) -> None:
-    """Check the SHA-256 of every file, those of stored levels too; raise UserError naming all that differ."""
-    full = open_dataset(path)
-    damaged = [
-        (dataset, str((dataset.path / record.file).relative_to(full.path)))
-        for dataset in (full, *map(full.level, stored_levels(full.levels)))
-        for record in dataset.manifest.files()
-        if file_sha256(dataset.path / record.file) != record.sha256
-    ]
-    if damaged:
-        finding = f"SHA-256 differs from the manifest in {', '.join(name for _, name in damaged)}"
-        raise UserError(f"{full.path}: {finding}; {_remedy(damaged[0][0].path, damaged[0][0].manifest)}")
-
-
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as file:

@@ -14,7 +14,8 @@ from stylepipe.errors import UserError
 # Each is a module of stylepipe.cli with a `main(argv)`, imported only when it is asked for.
 COMMANDS = {
     "train": "train a model; on several GPUs: accelerate launch launch/train.py",
-    "prepare": "turn a folder of photographs into shards to train on",
+    "prepare": "turn photographs into shards to train on",
+    "data": "look at a prepared dataset, check and repair it; draw faces",
     "sample": "make images with a trained network",
     "convert": "turn StyleGAN2 weights of other projects into a network file, and back",
     "bench": "measure the speed of this machine",

@@ -12,7 +12,9 @@ from PIL import Image
 
 from stylepipe.datasets import cache
 from stylepipe.datasets.cache import DRAWN_COUNTS, cache_folder, dataset_for_training
-from stylepipe.datasets.shards import open_dataset, verify
+from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.shards import open_dataset
+from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
 
 
@@ -103,9 +105,9 @@ def test_drawn_faces_are_ordinary_shards(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(cache.DRAWN_COUNTS, 32, 40)
     folder = dataset_for_training(None, 32, workers=2)
     dataset = open_dataset(folder, 32)
-    verify(folder)
+    assert find_faults(folder, workers=1, progress=False) == []
     assert (len(dataset), dataset.name, dataset.c_dim) == (40, "drawn", 0)
-    drawn = cache.draw_face(39, 32)
+    drawn = draw_face(39, 32)
     assert drawn.tobytes() == dataset.read([39]).tobytes()
     assert dataset_for_training(None, 32) == folder
 
@@ -124,6 +126,7 @@ def test_several_processes_prepare_once(tmp_path: Path) -> None:
         Image.effect_noise((400, 400), 50).convert("RGB").save(tmp_path / "in" / f"{i}.png")
     script = f"""
 import logging
+from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.cache import dataset_for_training
 logging.basicConfig(level=logging.INFO)
 print(dataset_for_training({str(tmp_path / "in")!r}, 256, workers=1))
@@ -136,4 +139,4 @@ print(dataset_for_training({str(tmp_path / "in")!r}, 256, workers=1))
     assert [process.returncode for process in running] == [0, 0, 0]
     assert len({out for out, _ in outputs}) == 1
     assert sum("preparing data once" in err for _, err in outputs) == 1
-    verify(outputs[0][0].strip())
+    assert find_faults(outputs[0][0].strip(), workers=1, progress=False) == []

@@ -23,7 +23,8 @@ from stylepipe.datasets.photos import read_square
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.processes import in_tasks
-from stylepipe.datasets.shards import open_dataset, verify
+from stylepipe.datasets.shards import open_dataset
+from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
 
 
@@ -47,7 +48,7 @@ def test_the_number_of_workers_changes_no_byte(photos: Path, tmp_path: Path) -> 
         out = tmp_path / f"out{workers}"
         manifest = prepare(photos, out, Preparation(16, shard_mb=8192 / 2**20), workers=workers, progress=False)
         assert len(manifest.shards) > 1
-        verify(out)
+        assert find_faults(out, workers=1, progress=False) == []
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2") == contents(tmp_path / "out4")
 
 
@@ -321,7 +322,7 @@ def test_tasks_cover_everything_once() -> None:
 def test_awkward_photographs(shared: Path, tmp_path: Path) -> None:
     source = shared / "faces" / "awkward"
     manifest = prepare(source, tmp_path / "out", Preparation(64), workers=2, progress=False)
-    verify(tmp_path / "out")
+    assert find_faults(tmp_path / "out", workers=1, progress=False) == []
     reasons = [s.reason for s in manifest.skipped]
     assert manifest.count + len(reasons) == sum(path.is_file() for path in source.rglob("*")) == 58
     assert (reasons.count("unreadable"), reasons.count("smaller than 64 px"), reasons.count("hidden")) == (9, 5, 1)
@@ -385,7 +386,7 @@ def test_kept_files_are_those_that_need_no_change(tmp_path: Path) -> None:
     assert (difference.mean(axis=(1, 2, 3)) < 4).all(), "only what was a JPEG, and is one again, differs a little"
     assert sum(difference.mean(axis=(1, 2, 3)) == 0) == 11 - 3
     assert (keep.level(16).read(range(11)).shape) == (11, 16, 16, 3)
-    verify(tmp_path / "keep")
+    assert find_faults(tmp_path / "keep", workers=1, progress=False) == []
 
 
 def test_transparency_is_laid_over_the_colour_asked_for(tmp_path: Path) -> None:
