@@ -9,12 +9,13 @@ decodes 1024 px.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from stylepipe.datasets.photos import encode
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
 from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, level_folder
-from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
+from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, can_resume, new_dataset_folder
 from stylepipe.errors import UserError
 
 LOWEST_LEVEL = 4
@@ -80,15 +81,25 @@ class DatasetWriter:
         full: what writes the images themselves.
     """
 
-    def __init__(self, folder: Path, levels: Sequence[int] = (), shard_bytes: int = SHARD_BYTES) -> None:
-        self.full = ShardWriter(folder, shard_bytes)
-        self._levels = LevelsWriter(folder / LEVELS_FOLDER, levels, shard_bytes)
+    def __init__(
+        self,
+        folder: Path,
+        levels: Sequence[int] = (),
+        shard_bytes: int = SHARD_BYTES,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.full = ShardWriter(folder, shard_bytes, resume and resume["full"])
+        self._levels = LevelsWriter(folder / LEVELS_FOLDER, levels, shard_bytes, resume and resume["levels"])
 
     def add(self, images: Sequence[bytes], label: int | npt.NDArray[np.float32] | None = None) -> None:
         """Append one image, as `[full, *encode_levels(...)]`, and its label (see `ShardWriter.add`)."""
         full, *averages = images
         self.full.add(full, label)
         self._levels.add(averages, label)
+
+    def mark(self) -> dict[str, Any]:
+        """Bring all that is written to the disk; return what `resume` needs to go on from it."""
+        return {"full": self.full.mark(), "levels": self._levels.mark()}
 
     def finish(self, describe: Callable[[FileRecord], Manifest]) -> Manifest:
         """Close all files and write the manifests; `describe` gives that of the images, from the index's record."""
@@ -105,23 +116,40 @@ class DatasetWriter:
         self._levels.__exit__(kind, error, at)
 
 
+def can_resume_dataset(folder: Path, mark: Mapping[str, Any]) -> bool:
+    """Tell whether the files that a mark of `DatasetWriter` speaks of are there, and finished shards as they were."""
+    return can_resume(folder, mark["full"]) and all(
+        can_resume(folder / LEVELS_FOLDER / level, of_level) for level, of_level in mark["levels"].items()
+    )
+
+
 class LevelsWriter:
     """Writes the levels of a dataset into the folder `levels`; `finish` declares them whole.
 
     Used as a context manager. Without `resolutions` it does nothing.
     """
 
-    def __init__(self, levels: Path, resolutions: Sequence[int], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        levels: Path,
+        resolutions: Sequence[int],
+        shard_bytes: int = SHARD_BYTES,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
         self._writers: dict[int, ShardWriter] = {}
         for resolution in resolutions:
             folder = level_folder(levels, resolution)
-            folder.mkdir(parents=True)
-            self._writers[resolution] = ShardWriter(folder, shard_bytes)
+            folder.mkdir(parents=True, exist_ok=resume is not None)
+            self._writers[resolution] = ShardWriter(folder, shard_bytes, resume and resume[folder.name])
 
     def add(self, images: Sequence[bytes], label: int | npt.NDArray[np.float32] | None = None) -> None:
         """Append one image at every level, as from `encode_levels`, and its label (see `ShardWriter.add`)."""
         for writer, image in zip(self._writers.values(), images, strict=True):
             writer.add(image, label)
+
+    def mark(self) -> dict[str, Any]:
+        """See `DatasetWriter.mark`."""
+        return {f"{resolution:04d}": writer.mark() for resolution, writer in self._writers.items()}
 
     def finish(self, parent: Manifest) -> None:
         """Close all files and write the manifests: each is that of the full images but for what differs."""

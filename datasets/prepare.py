@@ -1,35 +1,44 @@
 """From photographs to a prepared dataset.
 
 The source is listed and put into one order first; worker processes decode, crop, resize and encode; this process writes
-what they return, in order. So the dataset is the same to the byte for any number of workers.
+what they return, in order. So the dataset is the same to the byte for any number of workers, and after a kill the work
+goes on where it stood (see resuming.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import PIL
 
 from stylepipe.datasets import order
 from stylepipe.datasets.labels import LABEL_FILE, Labels, find_labels
-from stylepipe.datasets.levels import DatasetWriter, encode_levels, level_resolutions
-from stylepipe.datasets.manifest import FileRecord, Manifest, Skipped
+from stylepipe.datasets.levels import DatasetWriter, can_resume_dataset, encode_levels, level_resolutions
+from stylepipe.datasets.manifest import FORMAT_VERSION, FileRecord, Manifest, Skipped
 from stylepipe.datasets.photos import SkippedPhotoError, Square, encode, printable, read_square
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
+from stylepipe.datasets.resuming import resumable_folder
 from stylepipe.datasets.sources import Source
 from stylepipe.datasets.sources.opening import open_source
-from stylepipe.datasets.writer import new_dataset_folder
 from stylepipe.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_SKIPPED_FILE = "skipped.partial"
 
 
 def prepare(
@@ -69,44 +78,121 @@ def prepare(
     files = [name for name in source.files if (name in labels.of_file if how.labels else name != LABEL_FILE)]
     files = [files[index] for index in order.image_ids(np.arange(len(files)), len(files), how.shuffle_seed)]
     bad = _Bad(path, how.max_bad)
-    skipped = [*source.skipped, *labels.skipped]
-    for item in skipped:
-        bad.note(item)
     levels = level_resolutions(how.res) if how.levels else []
-    with new_dataset_folder(out) as folder, DatasetWriter(folder, levels, how.shard_bytes) as writer:
-        results = _converted(source, files, how, workers or available_cpus())
-        results = with_progress(results, len(files), f"preparing {path.name or path}", progress)
-        for name, result in zip(files, results, strict=True):
-            if isinstance(result, Skipped):
-                skipped.append(result)
-                bad.note(result)
-            else:
-                writer.add(result, labels.of_file.get(name))
-        if not writer.full.count:
-            raise UserError(_none_usable(path, skipped))
-        if empty := labels.empty_classes(writer.full.classes_seen):
-            log.warning("%s: none of the photographs gives an image of class %s", path, ", ".join(empty))
+    with resumable_folder(out, _plan(source, how), _can_go_on) as work:
+        past = work.progress or {"done": 0, "skipped": None, "writer": None}
+        if past["done"]:
+            log.info("%s: going on after %s of %s files", out, f"{past['done']:,}", f"{len(files):,}")
+        with (
+            DatasetWriter(work.folder, levels, how.shard_bytes, past["writer"]) as writer,
+            _Journal(work.folder / _SKIPPED_FILE, past["skipped"]) as skipped,
+        ):
+            for item in [*skipped.items, *source.skipped, *labels.skipped]:
+                bad.note(item)
+            results = _converted(source, files[past["done"] :], how, workers or available_cpus())
+            results = with_progress(results, len(files) - past["done"], f"preparing {path.name or path}", progress)
+            for done, result in enumerate(results, past["done"] + 1):
+                name = files[done - 1]
+                if isinstance(result, Skipped):
+                    skipped.add(result)
+                    bad.note(result)
+                else:
+                    writer.add(result, labels.of_file.get(name))
+                if work.due():
+                    work.mark({"done": done, "skipped": skipped.mark(), "writer": writer.mark()})
+            return _finished(writer, skipped.finish(), source, labels, how)
 
-        def describe(index: FileRecord) -> Manifest:
-            return Manifest(
-                name=printable(path.resolve().stem) or "photographs",
-                count=writer.full.count,
-                resolution=how.res,
-                image_format=how.format,
-                index=index,
-                shards=(),
-                classes=labels.classes,
-                skipped=tuple(sorted(skipped, key=lambda s: s.file)),
-                options=how.recorded(),
-                tool=tool_versions(),
-            )
 
-        return writer.finish(describe)
+def _finished(
+    writer: DatasetWriter, skipped: Sequence[Skipped], source: Source, labels: Labels, how: Preparation
+) -> Manifest:
+    """Write index and manifests."""
+    path, everything = source.path, [*source.skipped, *labels.skipped, *skipped]
+    if not writer.full.count:
+        raise UserError(_none_usable(path, everything))
+    if empty := labels.empty_classes(writer.full.classes_seen):
+        log.warning("%s: none of the photographs gives an image of class %s", path, ", ".join(empty))
+
+    def describe(index: FileRecord) -> Manifest:
+        return Manifest(
+            name=printable(path.resolve().stem) or "photographs",
+            count=writer.full.count,
+            resolution=how.res,
+            image_format=how.format,
+            index=index,
+            shards=(),
+            classes=labels.classes,
+            skipped=tuple(sorted(everything, key=lambda s: s.file)),
+            options=how.recorded(),
+            tool=tool_versions(),
+        )
+
+    return writer.finish(describe)
 
 
 def tool_versions() -> dict[str, str]:
     """Return the versions that decide the bytes: this package's, and Pillow's, which decodes and encodes."""
     return {"stylepipe": importlib.metadata.version("stylepipe"), "pillow": PIL.__version__}
+
+
+def _plan(source: Source, how: Preparation) -> str:
+    """Return what tells this preparation from any other: the source as it is now, options and versions."""
+    digest = hashlib.sha256(b"".join(source.stamps())).hexdigest()
+    options = asdict(replace(how, max_bad=None))
+    return json.dumps({"format": FORMAT_VERSION, "source": digest, "options": options, "tool": tool_versions()})
+
+
+def _can_go_on(folder: Path, progress: Mapping[str, Any]) -> bool:
+    try:
+        return (folder / _SKIPPED_FILE).stat().st_size >= progress["skipped"] and can_resume_dataset(
+            folder, progress["writer"]
+        )
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+class _Journal:
+    """The files that were skipped so far, appended to a file of lines. Used as a context manager.
+
+    Args:
+        path: the file.
+        size: bytes of it to go on from, None to begin.
+
+    Attributes:
+        items: what it held up to there.
+    """
+
+    def __init__(self, path: Path, size: int | None) -> None:
+        self._path = path
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - `close` closes it
+        self._file.truncate(size or 0)
+        self.items = self._read()
+
+    def add(self, skipped: Skipped) -> None:
+        self._file.write(json.dumps(asdict(skipped)) + "\n")
+
+    def mark(self) -> int:
+        """Bring all lines to the disk; return their size in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._path.stat().st_size
+
+    def finish(self) -> list[Skipped]:
+        """Return all that was skipped; the file goes."""
+        self._file.close()
+        items = self._read()
+        self._path.unlink()
+        return items
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def _read(self) -> list[Skipped]:
+        with open(self._path, encoding="utf-8") as file:
+            return [Skipped(**json.loads(line)) for line in file]
 
 
 class _Bad:

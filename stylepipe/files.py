@@ -25,7 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
         _flush_entry(path.parent)
     except BaseException:
@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file, or every file below a folder, to the disk."""
     entries = [path, *path.rglob("*")] if path.is_dir() else [path]
     for entry in entries:

@@ -336,14 +336,14 @@ def test_killed_half_way_nothing_half_written_is_used(photos: Path, plain: Path,
         assert done.returncode == -signal.SIGKILL
     left = [path for path in (own_cache / "datasets").iterdir() if path.is_dir()]
     assert [path.name[0] for path in left] == ["."]
-    assert len(list(out.parent.glob(".killed.*.tmp"))) == 1
+    assert out.with_name(".killed.partial").is_dir()
     assert not out.exists()
     full = levels_of(plain, 32, 4)
     same_but_for_resolution(full.level(4), full)
     prepare(photos, out, Preparation(32, levels=True), workers=1, progress=False)
     assert find_faults(out, workers=1, progress=False) == []
     assert not left[0].exists()
-    assert not list(out.parent.glob(".killed.*.tmp"))
+    assert not out.with_name(".killed.partial").exists()
 
 
 def test_several_processes_make_levels_once(plain: Path, own_cache: Path) -> None:

@@ -231,6 +231,84 @@ def start_preparing(source: Path, out: Path) -> subprocess.Popen[str]:
     return process
 
 
+OFTEN = "from stylepipe.datasets import resuming; resuming.MARK_EVERY_S = 0.02"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def photos_to_cut(tmp_path: Path) -> Path:
+    """Give a folder of 120 photographs, some unreadable, that takes a second or two to prepare."""
+    folder = tmp_path / "cut"
+    for i in range(120):
+        photo(folder / f"{i % 3}" / f"{i:03d}.png", f"rgb({2 * i},0,0)", (300, 300))
+        if i % 17 == 0:
+            (folder / f"{i % 3}" / f"{i:03d}.png").write_bytes(b"no image")
+    return folder
+
+
+CUT = ["--res", "128", "--levels", "--labels", "--shard-mb", "0.02", "--workers", "1"]
+
+
+def killed(source: Path, out: Path, seconds: float) -> str:
+    """Prepare, and kill all processes after some time; return what was said."""
+    arguments = command(source, out, *CUT, before=OFTEN)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 30
+        while process.poll() is None and not (out.parent / f".{out.name}.partial" / "progress.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(seconds)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.stderr is not None
+        return process.stderr.read()
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos_to_cut: Path, tmp_path: Path) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    how = Preparation(128, levels=True, labels=True, shard_mb=0.02)
+    prepare(photos_to_cut, straight, how, workers=1, progress=False)
+    for kill in range(8):
+        if out.exists():
+            break
+        killed(photos_to_cut, out, 0.03 * kill)
+    assert kill >= 3, "killed at least three times"
+    if not out.exists():
+        prepare(photos_to_cut, out, how, workers=2, progress=False)
+    assert tree(out) == tree(straight)
+    assert leftovers(tmp_path, "out") == []
+
+
+@pytest.mark.parametrize("between", ["nothing", "a finished shard damaged", "a shard lost", "another photograph"])
+def test_what_was_done_is_kept_where_it_is_sound(
+    photos_to_cut: Path, tmp_path: Path, between: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    partial = tmp_path / ".out.partial"
+    progress = {"done": 0, "writer": {"full": {"shards": []}}}
+    while not progress["writer"]["full"]["shards"]:  # until a shard is finished
+        killed(photos_to_cut, out, 0.1)
+        progress = json.loads((partial / "progress.json").read_text())
+    assert 0 < progress["done"] < 120
+    if between == "a finished shard damaged":
+        shard = bytearray((partial / "shard-00000.tar").read_bytes())
+        shard[700] ^= 1
+        (partial / "shard-00000.tar").write_bytes(shard)
+    if between == "a shard lost":
+        (partial / "levels" / "0064" / "shard-00000.tar").unlink()
+    if between == "another photograph":
+        photo(photos_to_cut / "0" / "new.png", "blue", (300, 300))
+    how = Preparation(128, levels=True, labels=True, shard_mb=0.02)
+    prepare(photos_to_cut, straight, how, workers=1, progress=False)
+    with caplog.at_level("INFO"):
+        prepare(photos_to_cut, out, how, workers=1, progress=False)
+    assert ("going on after" in caplog.text) == (between == "nothing")
+    assert tree(out) == tree(straight)
+
+
 def test_killed_half_way_it_leaves_nothing_that_looks_whole(many_photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with start_preparing(many_photos, out) as process:
