@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -55,12 +56,13 @@ class Square(NamedTuple):
     lossy: bool
 
 
-def read_square(data: bytes, how: Preparation) -> Square:
+def read_square(data: bytes, how: Preparation, cut: Callable[[Image.Image], Image.Image] | None = None) -> Square:
     """Return a photograph as a square.
 
     Args:
         data: the file.
         how: resolution, crop, smallest side and background.
+        cut: makes the square of the upright photograph, of that resolution, in place of the central one.
 
     Raises:
         SkippedPhotoError: it cannot be read, is too small, or is no square where one is expected.
@@ -70,6 +72,9 @@ def read_square(data: bytes, how: Preparation) -> Square:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                if cut is not None:
+                    square = cut(to_srgb(_oriented(image), how.background_rgb))
+                    return Square(square, unchanged=False, lossy=image.format == "JPEG")
                 if min(image.size) < how.smallest:
                     raise SkippedPhotoError(f"smaller than {how.smallest} px", f"{image.width}x{image.height}")
                 if how.crop == "none" and image.width != image.height:

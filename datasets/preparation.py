@@ -11,7 +11,7 @@ from stylepipe.config import MAX_RES, MAX_SEED, MIN_RES
 from stylepipe.errors import UserError
 
 ImageFormat = Literal["png", "jpeg", "keep"]
-Crop = Literal["centre", "none"]
+Crop = Literal["centre", "none", "align"]
 
 MAX_SHARD_MB = 1 << 20
 
@@ -26,7 +26,15 @@ class Preparation:
     """png is lossless; jpeg (quality 95, 4:4:4) takes a quarter of the room and is read three times as fast; keep
     leaves the bytes of files that need no change, and stores others as JPEG where they were, else as PNG."""
     crop: Crop = "centre"
-    """centre takes the central square; none takes square photographs only and skips others."""
+    """centre takes the central square; none takes square photographs only and skips others; align puts eyes and mouth
+    of a face at one place, as FFHQ does, by --landmarks or --detector."""
+    landmarks: str | None = None
+    """With align: a file of where each face is, in pixels of the upright photograph. JSON: {"sub/0001.png": [[x, y],
+    ...], ...}; CSV: rows of name,x1,y1,x2,y2,... 5 points (left eye, right eye, nose, left and right corner of the
+    mouth) or 68; of several faces of a photograph the first is taken."""
+    detector: str | None = None
+    """With align: package.module:function that finds the faces. It is given [H, W, 3] uint8 and returns
+    [n, 5 or 68, 2], the first of which is taken."""
     min_size: int | None = None
     """Skip photographs whose crop has fewer pixels a side; below --res, smaller ones are enlarged. Default: --res."""
     background: str = "#ffffff"
@@ -42,6 +50,9 @@ class Preparation:
     """Seed of the one order in which all images are stored."""
     shard_mb: float = 256
     """Size of a shard in MiB."""
+    dedupe: bool = False
+    """Leave out copies of an image that is stored already: the same pixels, or recompressed, resized or a little
+    brighter. The manifest names the original of each."""
     max_bad: int | None = None
     """Give up when more files than this cannot be read. Default: no limit."""
 
@@ -68,6 +79,11 @@ class Preparation:
             UserError: names the option, the value found and what is accepted.
         """
         check_resolution(self.res)
+        if self.crop == "align" and (self.landmarks is None) == (self.detector is None):
+            raise UserError("--crop align: expected --landmarks FILE, or --detector package.module:function")
+        if self.crop != "align" and (given := self.landmarks or self.detector) is not None:
+            option = "--landmarks" if given == self.landmarks else "--detector"
+            raise UserError(f"{option} {given}: --crop {self.crop} makes no use of it; add --crop align")
         if self.min_size is not None and self.min_size < 1:
             raise UserError(f"--min-size {self.min_size}: expected 1 or more")
         if not re.fullmatch("#[0-9a-fA-F]{6}", self.background):
@@ -80,8 +96,8 @@ class Preparation:
             raise UserError(f"--max-bad {self.max_bad}: expected 0 or more")
 
     def recorded(self) -> dict[str, Any]:
-        """Return what the manifest keeps: all that decides the bytes but what it says elsewhere."""
-        elsewhere = ("res", "format", "levels", "max_bad")
+        """Return what the manifest keeps: all that decides the bytes but what it says elsewhere, and no path."""
+        elsewhere = ("res", "format", "landmarks", "levels", "max_bad")
         return {name: value for name, value in asdict(self).items() if name not in elsewhere}
 
 

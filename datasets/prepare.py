@@ -11,19 +11,21 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+from PIL import Image
 
 from stylepipe.datasets import order
+from stylepipe.datasets.align import Detector, Landmarks, Points, align, load_detector, read_landmarks, side
+from stylepipe.datasets.copies import Copies
+from stylepipe.datasets.dedupe import Fingerprint, fingerprint
 from stylepipe.datasets.labels import LABEL_FILE, Labels, find_labels
 from stylepipe.datasets.levels import DatasetWriter, can_resume_dataset, encode_levels, level_resolutions
 from stylepipe.datasets.manifest import FORMAT_VERSION, FileRecord, Manifest, Skipped
@@ -32,13 +34,15 @@ from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
 from stylepipe.datasets.resuming import resumable_folder
+from stylepipe.datasets.shards import file_sha256
+from stylepipe.datasets.skips import Skips
 from stylepipe.datasets.sources import Source
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SKIPPED_FILE = "skipped.partial"
+_SKIPS_FILE, _COPIES_FILE = "skips.partial", "copies.partial"
 
 
 def prepare(
@@ -76,40 +80,65 @@ def prepare(
         source = open_source(source)
     labels = find_labels(source) if how.labels else Labels({}, None, ())
     files = [name for name in source.files if (name in labels.of_file if how.labels else name != LABEL_FILE)]
-    files = [files[index] for index in order.image_ids(np.arange(len(files)), len(files), how.shuffle_seed)]
-    bad = _Bad(path, how.max_bad)
+    if files:
+        files = [files[index] for index in order.image_ids(np.arange(len(files)), len(files), how.shuffle_seed)]
+    landmarks = None if how.landmarks is None else _landmarks(how.landmarks, source)
     levels = level_resolutions(how.res) if how.levels else []
+    left_out = [*source.skipped, *labels.skipped]
     with resumable_folder(out, _plan(source, how), _can_go_on) as work:
-        past = work.progress or {"done": 0, "skipped": None, "writer": None}
-        if past["done"]:
-            log.info("%s: going on after %s of %s files", out, f"{past['done']:,}", f"{len(files):,}")
+        past = work.progress or {"done": 0, "skips": 0, "writer": None}
+        done = int(past["done"])
+        if done:
+            log.info("%s: going on after %s of %s files", out, f"{done:,}", f"{len(files):,}")
         with (
             DatasetWriter(work.folder, levels, how.shard_bytes, past["writer"]) as writer,
-            _Journal(work.folder / _SKIPPED_FILE, past["skipped"]) as skipped,
+            Skips(work.folder / _SKIPS_FILE, past["skips"], path, left_out, how.max_bad) as skips,
+            Copies(work.folder / _COPIES_FILE, _stored(files[:done], skips) if how.dedupe else ()) as copies,
         ):
-            for item in [*skipped.items, *source.skipped, *labels.skipped]:
-                bad.note(item)
-            results = _converted(source, files[past["done"] :], how, workers or available_cpus())
-            results = with_progress(results, len(files) - past["done"], f"preparing {path.name or path}", progress)
-            for done, result in enumerate(results, past["done"] + 1):
+            results = _converted(source, files[done:], how, landmarks, workers or available_cpus())
+            results = with_progress(results, len(files) - done, f"preparing {path.name or path}", progress)
+            for done, result in enumerate(results, done + 1):  # noqa: B020 - the iterator has it already
                 name = files[done - 1]
-                if isinstance(result, Skipped):
-                    skipped.add(result)
-                    bad.note(result)
-                else:
-                    writer.add(result, labels.of_file.get(name))
+                skipped = result if isinstance(result, Skipped) else None
+                if isinstance(result, Converted) and result.fingerprint is not None:
+                    skipped = copies.copied(printable(name), result.fingerprint)
+                if skipped is not None:
+                    skips.add(skipped)
+                elif isinstance(result, Converted):
+                    writer.add(result.images, labels.of_file.get(name))
                 if work.due():
-                    work.mark({"done": done, "skipped": skipped.mark(), "writer": writer.mark()})
-            return _finished(writer, skipped.finish(), source, labels, how)
+                    marks = {"skips": skips.mark(), "copies": copies.mark(), "writer": writer.mark()}
+                    work.mark({"done": done, **marks})
+            copies.finish()
+            return _finished(writer, skips.finish(), source, labels, how)
+
+
+def _landmarks(file: str, source: Source) -> Landmarks:
+    """Read the landmarks; say so where they are of other photographs."""
+    landmarks = read_landmarks(file)
+    absent = set(landmarks.of_file).difference(source.files)
+    if len(absent) == len(landmarks.of_file):
+        raise UserError(
+            f"--landmarks {file}: names none of the photographs in {source.path}; expected their paths relative to it, "
+            f"such as {source.files[0]}"
+        )
+    if absent:
+        log.warning("%s: %s of its photographs are not in %s", file, f"{len(absent):,}", source.path)
+    return landmarks
+
+
+def _stored(files: Sequence[str], skips: Skips) -> list[str]:
+    """Return the names of those files, all of them done, whose images were stored."""
+    return [told for name in files if (told := printable(name)) not in skips.names]
 
 
 def _finished(
     writer: DatasetWriter, skipped: Sequence[Skipped], source: Source, labels: Labels, how: Preparation
 ) -> Manifest:
     """Write index and manifests."""
-    path, everything = source.path, [*source.skipped, *labels.skipped, *skipped]
+    path = source.path
     if not writer.full.count:
-        raise UserError(_none_usable(path, everything))
+        raise UserError(_none_usable(path, skipped))
     if empty := labels.empty_classes(writer.full.classes_seen):
         log.warning("%s: none of the photographs gives an image of class %s", path, ", ".join(empty))
 
@@ -122,8 +151,8 @@ def _finished(
             index=index,
             shards=(),
             classes=labels.classes,
-            skipped=tuple(sorted(everything, key=lambda s: s.file)),
-            options=how.recorded(),
+            skipped=tuple(sorted(skipped, key=lambda s: s.file)),
+            options=how.recorded() | _digest_of_landmarks(how),
             tool=tool_versions(),
         )
 
@@ -138,96 +167,58 @@ def tool_versions() -> dict[str, str]:
 def _plan(source: Source, how: Preparation) -> str:
     """Return what tells this preparation from any other: the source as it is now, options and versions."""
     digest = hashlib.sha256(b"".join(source.stamps())).hexdigest()
-    options = asdict(replace(how, max_bad=None))
+    options = asdict(replace(how, max_bad=None)) | _digest_of_landmarks(how)
     return json.dumps({"format": FORMAT_VERSION, "source": digest, "options": options, "tool": tool_versions()})
 
 
 def _can_go_on(folder: Path, progress: Mapping[str, Any]) -> bool:
+    """Tell whether all that a mark speaks of is there and sound."""
     try:
-        return (folder / _SKIPPED_FILE).stat().st_size >= progress["skipped"] and can_resume_dataset(
-            folder, progress["writer"]
-        )
+        sizes = {_SKIPS_FILE: progress["skips"], _COPIES_FILE: progress["copies"]}
+        there = all((folder / name).stat().st_size >= size for name, size in sizes.items())
+        return there and can_resume_dataset(folder, progress["writer"])
     except (OSError, KeyError, TypeError):
         return False
 
 
-class _Journal:
-    """The files that were skipped so far, appended to a file of lines. Used as a context manager.
-
-    Args:
-        path: the file.
-        size: bytes of it to go on from, None to begin.
-
-    Attributes:
-        items: what it held up to there.
-    """
-
-    def __init__(self, path: Path, size: int | None) -> None:
-        self._path = path
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - `close` closes it
-        self._file.truncate(size or 0)
-        self.items = self._read()
-
-    def add(self, skipped: Skipped) -> None:
-        self._file.write(json.dumps(asdict(skipped)) + "\n")
-
-    def mark(self) -> int:
-        """Bring all lines to the disk; return their size in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._path.stat().st_size
-
-    def finish(self) -> list[Skipped]:
-        """Return all that was skipped; the file goes."""
-        self._file.close()
-        items = self._read()
-        self._path.unlink()
-        return items
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-
-    def _read(self) -> list[Skipped]:
-        with open(self._path, encoding="utf-8") as file:
-            return [Skipped(**json.loads(line)) for line in file]
+def _digest_of_landmarks(how: Preparation) -> dict[str, str]:
+    return {} if how.landmarks is None else {"landmarks_sha256": file_sha256(Path(how.landmarks))}
 
 
-class _Bad:
-    """Counts files that cannot be read, and gives up when they are too many."""
+class Converted(NamedTuple):
+    """What a worker made of a photograph: the encoded image and its levels, and what tells copies from others."""
 
-    def __init__(self, source: Path, most: int | None) -> None:
-        self._source, self._most, self._count = source, most, 0
-
-    def note(self, skipped: Skipped) -> None:
-        self._count += skipped.reason in ("unreadable", "damaged archive")
-        if self._most is not None and self._count > self._most:
-            raise UserError(
-                f"--max-bad {self._most}: {self._source} has more files that cannot be read, the last one found is "
-                f"{skipped.file} ({skipped.detail}); mend or remove them, or allow more"
-            )
+    images: list[bytes]
+    fingerprint: Fingerprint | None
 
 
-def _converted(source: Source, files: Sequence[str], how: Preparation, workers: int) -> Iterator[list[bytes] | Skipped]:
-    """Yield the encoded image of each file and its levels, if asked for, or why there is none, in the files' order."""
-    convert = partial(_convert, source=source, how=how)
+def _converted(
+    source: Source, files: Sequence[str], how: Preparation, landmarks: Landmarks | None, workers: int
+) -> Iterator[Converted | Skipped]:
+    """Yield what becomes of each file, in their order."""
+    detector = None if how.detector is None else load_detector(how.detector)
+    convert = partial(_convert, source=source, how=how, detector=detector)
     # Small tasks also where there are few files, so that every worker has some.
     size = min(task_size(how.res), max(1, -(-len(files) // workers)))
-    tasks = [files[r.start : r.stop] for r in in_tasks(len(files), size)]
+    points = {} if landmarks is None else landmarks.of_file
+    tasks = [[(name, points.get(name)) for name in files[r.start : r.stop]] for r in in_tasks(len(files), size)]
     yield from chain.from_iterable(map_in_order(convert, tasks, min(workers, len(tasks))))
 
 
-def _convert(names: Sequence[str], *, source: Source, how: Preparation) -> list[list[bytes] | Skipped]:
+def _convert(
+    task: Sequence[tuple[str, Points | None]], *, source: Source, how: Preparation, detector: Detector | None
+) -> list[Converted | Skipped]:
     """Do one task, in a worker."""
-    results: list[list[bytes] | Skipped] = []
-    for name in names:
+    results: list[Converted | Skipped] = []
+    for name, points in task:
+        cut = partial(_aligned, points=points, how=how, detector=detector) if how.crop == "align" else None
         try:
             data = source.read(name)
-            square = read_square(data, how)
-            averages = encode_levels(np.asarray(square.image), how.format) if how.levels else []
-            results.append([_encoded(square, data, how), *averages])
+            square = read_square(data, how, cut)
+            pixels = np.asarray(square.image)
+            averages = encode_levels(pixels, how.format) if how.levels else []
+            images = [_encoded(square, data, how), *averages]
+            results.append(Converted(images, fingerprint(pixels) if how.dedupe else None))
         except SkippedPhotoError as error:
             results.append(Skipped(printable(name), error.reason, error.detail))
         except (OSError, ValueError) as error:
@@ -238,6 +229,20 @@ def _convert(names: Sequence[str], *, source: Source, how: Preparation) -> list[
                 f"{source.path}/{name}: not enough memory to decode it; use fewer workers (--workers)"
             ) from error
     return results
+
+
+def _aligned(
+    upright: Image.Image, *, points: Points | None, how: Preparation, detector: Detector | None
+) -> Image.Image:
+    """Return the square around the face."""
+    if detector is not None:
+        found = detector(np.asarray(upright))
+        points = found[0] if len(found) else None
+    if points is None:
+        raise SkippedPhotoError("no face", "none was found" if detector else "the landmarks have none for it")
+    if side(points) < how.smallest:
+        raise SkippedPhotoError(f"smaller than {how.smallest} px", f"{side(points):.0f} px around the face")
+    return align(upright, points, how.res)
 
 
 def _encoded(square: Square, data: bytes, how: Preparation) -> bytes:

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from stylepipe.cli.main import main
+from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import read_square
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.processes import in_tasks
-from stylepipe.datasets.shards import open_dataset
+from stylepipe.datasets.shards import file_sha256, open_dataset
 from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
 
@@ -252,19 +253,19 @@ def photos_to_cut(tmp_path: Path) -> Path:
 CUT = ["--res", "128", "--levels", "--labels", "--shard-mb", "0.02", "--workers", "1"]
 
 
-def killed(source: Path, out: Path, seconds: float) -> str:
-    """Prepare, and kill all processes after some time; return what was said."""
-    arguments = command(source, out, *CUT, before=OFTEN)
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        deadline = time.monotonic() + 30
-        while process.poll() is None and not (out.parent / f".{out.name}.partial" / "progress.json").exists():
+def killed(source: Path, out: Path, seconds: float, *more: str) -> None:
+    """Prepare, and kill all processes some time after they have marked how far they are."""
+    arguments = command(source, out, *CUT, *more, before=OFTEN)
+    progress = out.parent / f".{out.name}.partial" / "progress.json"
+    before = progress.stat().st_mtime_ns if progress.exists() else 0
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and not (progress.exists() and progress.stat().st_mtime_ns != before):
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(seconds)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        assert process.stderr is not None
-        return process.stderr.read()
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos_to_cut: Path, tmp_path: Path) -> None:
@@ -518,3 +519,107 @@ def test_shards_are_of_the_size_asked_for(photos: Path, tmp_path: Path) -> None:
     assert len(sizes) > 1
     assert max(sizes) <= 0.01 * 2**20
     assert min(sizes[:-1]) > 0.005 * 2**20
+
+
+def test_copies_are_left_out_and_their_originals_named(tmp_path: Path) -> None:
+    for index in range(12):
+        face = draw_face(index, 128)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        face.save(tmp_path / "in" / f"{index:02d}.png")
+    draw_face(3, 128).save(tmp_path / "in" / "again.png")
+    draw_face(5, 128).save(tmp_path / "in" / "compressed.jpg", quality=75)
+    draw_face(7, 128).resize((300, 300), Image.Resampling.LANCZOS).save(tmp_path / "in" / "resized.png")
+    everything = prepare(tmp_path / "in", tmp_path / "all", Preparation(128), workers=1, progress=False)
+    assert everything.count == 15
+    manifest = prepare(tmp_path / "in", tmp_path / "out", Preparation(128, dedupe=True), workers=2, progress=False)
+    assert manifest.count == 12
+    assert {skipped.reason for skipped in manifest.skipped} == {"duplicate"}
+    pairs = {frozenset({s.file, s.detail.split(":")[0].removeprefix("of ")}) for s in manifest.skipped}
+    assert pairs == {
+        frozenset({"03.png", "again.png"}),
+        frozenset({"05.png", "compressed.jpg"}),
+        frozenset({"07.png", "resized.png"}),
+    }
+    exact = [s for s in manifest.skipped if "the same pixels" in s.detail]
+    assert len(exact) == 1
+
+
+def test_copies_are_found_across_a_kill(photos_to_cut: Path, tmp_path: Path) -> None:
+    """The photographs are of one colour each, all alike to a hash; the copies of each are found all the same."""
+    for path in sorted(photos_to_cut.rglob("*.png"))[::5]:
+        (path.parent / f"copy of {path.name}").write_bytes(path.read_bytes())
+    for index, path in enumerate(sorted(photos_to_cut.rglob("*.png"))):
+        if "copy" not in path.name and path.read_bytes() != b"no image":
+            draw_face(index, 256).save(path, compress_level=1)
+            if (copy := path.parent / f"copy of {path.name}").exists():
+                draw_face(index, 256).save(copy, compress_level=1)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    how = Preparation(128, levels=True, labels=True, shard_mb=0.02, dedupe=True)
+    manifest = prepare(photos_to_cut, straight, how, workers=1, progress=False)
+    assert sum(s.reason == "duplicate" for s in manifest.skipped) >= 20
+    for kill in range(3):
+        killed(photos_to_cut, out, 0.1 * kill, "--dedupe")
+    assert not out.exists()
+    prepare(photos_to_cut, out, how, workers=2, progress=False)
+    assert tree(out) == tree(straight)
+
+
+def eyes_and_mouth(x: float, y: float, scale: float) -> list[list[float]]:
+    face = [(-1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-0.8, 2.0), (0.8, 2.0)]
+    return [[x + scale * dx, y + scale * dy] for dx, dy in face]
+
+
+def test_aligned_photographs_show_the_face_at_one_place(tmp_path: Path) -> None:
+    """A red and a blue dot for the eyes, wherever they are, come to the same places."""
+    landmarks = {}
+    for index, (x, y, scale) in enumerate([(150, 120, 20), (260, 300, 35), (200, 200, 25)]):
+        picture = Image.new("RGB", (480, 520), "white")
+        draw = ImageDraw.Draw(picture)
+        points = eyes_and_mouth(x, y, scale)
+        for (px, py), colour in zip(points, ["red", "blue", "white", "white", "white"], strict=True):
+            draw.ellipse((px - scale / 4, py - scale / 4, px + scale / 4, py + scale / 4), fill=colour)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        picture.save(tmp_path / "in" / f"{index}.png")
+        landmarks[f"{index}.png"] = points
+    Image.new("RGB", (480, 520)).save(tmp_path / "in" / "no face.png")
+    Image.new("RGB", (480, 520)).save(tmp_path / "in" / "far.png")
+    landmarks["far.png"] = eyes_and_mouth(200, 200, 2)
+    (tmp_path / "faces.json").write_text(json.dumps(landmarks | {"absent.png": eyes_and_mouth(9, 9, 9)}))
+    how = Preparation(64, crop="align", landmarks=str(tmp_path / "faces.json"))
+    manifest = prepare(tmp_path / "in", tmp_path / "out", how, workers=2, progress=False)
+    assert manifest.count == 3
+    assert {s.file: s.reason for s in manifest.skipped} == {"no face.png": "no face", "far.png": "smaller than 64 px"}
+    assert manifest.options["landmarks_sha256"] == file_sha256(tmp_path / "faces.json")
+    assert "landmarks" not in manifest.options
+    images = open_dataset(tmp_path / "out").read(range(3)).astype(int)
+    for red, green, blue in ((255, 0, 0), (0, 0, 255)):
+        distance = np.abs(images - np.array([red, green, blue])).sum(axis=-1)
+        places = np.array([np.argwhere(d < 200).mean(axis=0) for d in distance])
+        assert np.ptp(places, axis=0).max() < 1.5, places
+    # By the formula: the eyes are 2 apart and the square is max(4, 3.6) * 2 sides... of 64 px, so 16 px.
+    eyes = [np.argwhere(np.abs(image - np.array([255, 0, 0])).sum(axis=-1) < 200).mean(axis=0)[1] for image in images]
+    assert np.mean(eyes) == pytest.approx(32 - 8, abs=1.5)
+
+
+def test_landmarks_of_other_photographs_are_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "faces.csv").write_text("name,x1\nelse.png," + ",".join(["1,2"] * 5) + "\n")
+    how = Preparation(16, crop="align", landmarks=str(tmp_path / "faces.csv"))
+    with pytest.raises(UserError, match=r"names none of the photographs in .*, such as cats/000\.png"):
+        prepare(photos, tmp_path / "out", how, workers=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "align"}, "--crop align: expected --landmarks FILE, or --detector"),
+        ({"landmarks": "a.json"}, "--landmarks a.json: --crop centre makes no use of it"),
+        ({"detector": "a:b", "crop": "none"}, "--detector a:b: --crop none makes no use of it"),
+        ({"crop": "align", "landmarks": "a.json", "detector": "a:b"}, "--crop align: expected --landmarks FILE, or"),
+        ({"crop": "align", "detector": "nowhere:f"}, "detector nowhere:f: nowhere cannot be imported"),
+    ],
+)
+def test_alignment_needs_one_way_to_find_faces(
+    photos: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(photos, tmp_path / "out", Preparation(16, **options), workers=1, progress=False)
