@@ -31,6 +31,7 @@ _ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 _SIXTEEN_BIT = 65535
 _ORIENTATION = 0x0112  # of EXIF
+_PNG_BITS = 24  # where the header of a PNG says how many bits a channel has
 
 
 class SkippedPhotoError(Exception):
@@ -79,7 +80,7 @@ def read_square(data: bytes, how: Preparation, cut: Callable[[Image.Image], Imag
                     raise SkippedPhotoError(f"smaller than {how.smallest} px", f"{image.width}x{image.height}")
                 if how.crop == "none" and image.width != image.height:
                     raise SkippedPhotoError("not square", f"{image.width}x{image.height}")
-                unchanged, lossy = _needs_no_change(image, how.res), image.format == "JPEG"
+                unchanged, lossy = _needs_no_change(image, data, how.res), image.format == "JPEG"
                 square = to_srgb(_centre_square(_oriented(image)), how.background_rgb)
     except (SkippedPhotoError, MemoryError):
         raise
@@ -134,13 +135,14 @@ def to_srgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 25
     return Image.composite(colours, Image.new("RGB", image.size, background), alpha)
 
 
-def _needs_no_change(image: Image.Image, resolution: int) -> bool:
+def _needs_no_change(image: Image.Image, data: bytes, resolution: int) -> bool:
     """Tell whether training can take a file as it is: see `Square.unchanged`."""
     profile = image.info.get("icc_profile")
     return (
         image.format in ("JPEG", "PNG")
         and image.mode in ("RGB", "L")
         and image.size == (resolution, resolution)
+        and (image.format == "JPEG" or data[_PNG_BITS] == 8)
         and getattr(image, "n_frames", 1) == 1
         and not image.has_transparency_data
         and (not profile or _srgb_transform(profile, image.mode) is None)

@@ -18,8 +18,8 @@ faster and lets the order of the data be a pure function of the position (see or
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from stylepipe.datasets.decoding import decode_into
 from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.errors import UserError
 
@@ -41,7 +41,6 @@ FOREIGN_TARS = (
     "prepare them first: stylepipe prepare"
 )
 
-_PPM = b"P6"  # how bare pixels begin
 _MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
 
 
@@ -60,6 +59,7 @@ class ShardDataset:
         self.levels = path / LEVELS_FOLDER if levels is None else levels
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently read first
         self._index = _load_index(path, manifest)
+        self._has_crc = self._index.dtype == INDEX_DTYPE
         self._vectors = _load_vectors(path, manifest)
 
     @property
@@ -144,16 +144,12 @@ class ShardDataset:
         shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         try:
             data = os.pread(self._descriptor(shard), size, offset)
-            if data.startswith(_PPM):
-                out[...] = _ppm_pixels(data, self.resolution)
-                return
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-                if image.size != (self.resolution, self.resolution):
-                    raise ValueError(f"it is {image.width}x{image.height} pixels")
-                out[...] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            if self._has_crc and zlib.crc32(data) != row["crc"]:
+                raise ValueError("its bytes are not those that were stored")
+            decode_into(data, out)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow raises many types on damaged data
+        except Exception as error:  # decoders raise many types on damaged data
             from_system = isinstance(error, OSError) and error.errno is not None
             remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
             file = self.path / self.manifest.shards[shard].file
@@ -263,14 +259,6 @@ def _mapped(path: Path, manifest: Manifest, name: str) -> npt.NDArray[Any]:
     except (OSError, ValueError) as error:
         raise _damaged(path, manifest, f"{name} cannot be read ({error})") from error
     return array
-
-
-def _ppm_pixels(data: bytes, resolution: int) -> npt.NDArray[np.uint8]:
-    """Return the pixels of a PPM file as Pillow writes it: [R, R, 3] uint8. Pillow would take most of the time here."""
-    header = b"P6\n%d %d\n255\n" % (resolution, resolution)
-    if not data.startswith(header) or len(data) != len(header) + 3 * resolution**2:
-        raise ValueError(f"it is no PPM file of {resolution}x{resolution} pixels")
-    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(resolution, resolution, 3)
 
 
 def _damaged(path: Path, manifest: Manifest, finding: str) -> UserError:
