@@ -40,6 +40,13 @@ def image_ids(positions: Int64Array, num_images: int, seed: int) -> Int64Array:
     return ids
 
 
+def substitutes(positions: Int64Array, attempt: int, num_images: int, seed: int) -> Int64Array:
+    """Return which image stands in where that of a position cannot be read, [n] int64; another for each attempt."""
+    key = _finalize(np.array([(seed + 1 + attempt) % _WORD], dtype=np.uint64))
+    words = _finalize(_finalize(np.asarray(positions, dtype=np.int64).astype(np.uint64)) ^ key)
+    return (words % np.uint64(num_images)).astype(np.int64)
+
+
 def flips(positions: Int64Array, seed: int) -> BoolArray:
     """Return whether the image at each position is mirrored, [n] bool; each is a fair coin.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from stylepipe.datasets.processes import follow_parent, signals_held
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.errors import UserError
 
+_ATTEMPTS = 10  # images that cannot be read one after the other: then it is no matter of single ones
 _PREFETCH = 2  # batches under way per worker
 _SHARED_MEMORY = Path("/dev/shm")  # where worker processes hand their batches over
 
@@ -33,6 +35,8 @@ class Batch(NamedTuple):
     """[n, c_dim] float32, of classes one-hot; c_dim = 0 without labels."""
     positions: Tensor
     """[n] int64: the images' places in the order of the run."""
+    bad: tuple[str, ...] = ()
+    """What could not be read and was replaced by another image, one message each."""
 
 
 class Reader:
@@ -49,6 +53,7 @@ class Reader:
         seed: of the order and the mirroring.
         mirror: flip half of the images left to right, drawn from the position.
         start: the first position: images seen so far.
+        skip_bad: where an image cannot be read, put another in its place, drawn from the position, and do not raise.
         num_workers: processes that decode; 0 decodes in this one, when a batch is asked for.
         pin_memory: hand batches over in page-locked memory, for asynchronous copies to a CUDA device.
 
@@ -66,6 +71,7 @@ class Reader:
         seed: int = 0,
         mirror: bool = False,
         start: int = 0,
+        skip_bad: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -81,6 +87,7 @@ class Reader:
         self.seed = seed
         self.mirror = mirror
         self.start = start
+        self.skip_bad = skip_bad
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         if num_workers:
@@ -88,7 +95,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Batch]:
         loader: DataLoader[Batch | _Mistake] = DataLoader(
-            _Positions(self.dataset, self.seed, self.mirror),
+            _Positions(self.dataset, self.seed, self.mirror, self.skip_bad),
             batch_sampler=_RankBatches(self.start, self.batch_size, self.rank, self.world_size),
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
@@ -123,22 +130,43 @@ class _Mistake:
 class _Positions(Dataset[Batch]):
     """The run as a map from positions to samples; a whole batch is decoded at once."""
 
-    def __init__(self, dataset: ShardDataset, seed: int, mirror: bool) -> None:
+    def __init__(self, dataset: ShardDataset, seed: int, mirror: bool, skip_bad: bool) -> None:
         self._dataset = dataset
         self._seed = seed
         self._mirror = mirror
+        self._skip_bad = skip_bad
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | _Mistake:
         where = np.asarray(positions, dtype=np.int64)
         ids = order.image_ids(where, len(self._dataset), self._seed)
+        bad: list[str] = []
         try:
             images = self._dataset.read(ids)
         except UserError as error:
-            return _Mistake(str(error))
+            if not self._skip_bad:
+                return _Mistake(str(error))
+            try:
+                images = np.concatenate([self._read_some(where, ids, index, bad) for index in range(len(where))])
+            except UserError as last:
+                return _Mistake(str(last))
         if self._mirror:
             flipped = order.flips(where, self._seed)
             images[flipped] = images[flipped, :, ::-1]
-        return Batch(torch.from_numpy(images), torch.from_numpy(self._dataset.labels(ids)), torch.from_numpy(where))
+        labels = torch.from_numpy(self._dataset.labels(ids))
+        return Batch(torch.from_numpy(images), labels, torch.from_numpy(where), tuple(bad))
+
+    def _read_some(
+        self, where: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], index: int, bad: list[str]
+    ) -> npt.NDArray[np.uint8]:
+        """Return the image of a position, [1, R, R, 3]: the first that can be read; `ids` then says which."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._dataset.read(ids[index : index + 1])
+            except UserError as error:
+                bad.append(str(error))
+                place = where[index : index + 1]
+                ids[index] = order.substitutes(place, attempt, len(self._dataset), self._seed)[0]
+        raise UserError(f"{self._dataset.path}: {_ATTEMPTS} images in a row cannot be read, the last: {bad[-1]}")
 
 
 class _RankBatches:

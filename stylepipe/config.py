@@ -26,6 +26,7 @@ NetworkKind = Literal["stylegan2", "stylegan", "progan", "r3gan", "dcgan"]
 LossKind = Literal["minimax", "non-saturating", "wgan", "wgan-gp", "lsgan", "hinge", "relativistic", "ebgan"]
 LastLayer = Literal["linear", "normalized"]
 Norm = Literal["batch", "virtual", "none"]
+OnBad = Literal["stop", "skip"]
 OnDivergence = Literal["stop", "rollback"]
 AugmentMode = Literal["none", "ada", "fixed", "schedule", "diff"]
 AugmentPipe = Literal["blit", "geom", "color", "filter", "noise", "cutout", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"]
@@ -250,6 +251,8 @@ class Config:
     preset: str | None = None
     """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
     Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
+    on_bad: OnBad = "stop"
+    """When an image of the data cannot be read: stop, or skip it: another one, drawn from its place, stands in."""
     init: str | None = None
     """Fine-tune: start from the networks of this file, of another training. Gives --res and the architecture too."""
     freeze_d: int = 0

@@ -1,25 +1,41 @@
-"""The grid of real images that a run shows beside its own."""
+"""The real images that a run shows beside its own, and compares its own with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stylepipe.datasets.shards import ShardDataset
+from stylepipe.errors import UserError
 
 
-def real_images(dataset: ShardDataset, columns: int, rows: int, classes_of_rows: Sequence[int]) -> NDArray[np.uint8]:
+def real_images(
+    dataset: ShardDataset, columns: int, rows: int, classes_of_rows: Sequence[int], skip_bad: bool = False
+) -> NDArray[np.uint8]:
     """Return the first images of the data for a grid, [N, R, R, 3] uint8; with classes, each row's are of its class.
 
-    A class with fewer images than its rows have places leaves the rest black.
+    A class with fewer images than its rows have places leaves the rest black, and so does an image that cannot be read,
+    with `skip_bad`.
     """
     if not classes_of_rows:
-        return dataset.read(range(min(columns * rows, len(dataset))))
+        return read_images(dataset, range(min(columns * rows, len(dataset))), skip_bad)
     images = np.zeros((len(classes_of_rows), columns, dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
     for row, number in enumerate(classes_of_rows):
         first = columns * classes_of_rows[:row].count(number)
         ids = dataset.of_class(number)[first : first + columns]
-        images[row, : len(ids)] = dataset.read(ids)
+        images[row, : len(ids)] = read_images(dataset, ids, skip_bad)
     return images.reshape(-1, *images.shape[2:])
+
+
+def read_images(dataset: ShardDataset, ids: Sequence[int] | NDArray[np.int64], skip_bad: bool) -> NDArray[np.uint8]:
+    """Return images [n, R, R, 3] uint8; with `skip_bad`, those that cannot be read are black."""
+    if not skip_bad:
+        return dataset.read(ids)
+    images = np.zeros((len(ids), dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
+    for place, sample in enumerate(ids):
+        with suppress(UserError):
+            images[place] = dataset.read([int(sample)])[0]
+    return images

@@ -70,7 +70,8 @@ class Snapshots:
         """Save the data's images that every grid of the run is to be compared with."""
         columns, rows = grid_shape(self.config.res)
         classes = self.engine.recipe.classes_of_rows(rows)
-        grid = make_grid(real_images(self.dataset, columns, rows, classes), columns)
+        images = real_images(self.dataset, columns, rows, classes, self.config.on_bad == "skip")
+        grid = make_grid(images, columns)
         if classes:
             names = [filled(self.dataset.manifest.classes)[number] for number in dict.fromkeys(classes)]
             self.say(f"rows of the grids, from the top: {', '.join(names)}")

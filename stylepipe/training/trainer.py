@@ -111,12 +111,13 @@ class Trainer:
         self._rollbacks_in_a_row: int = history.get("rollbacks_in_a_row", 0)
         self._penalties = recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
         self._alarms = Alarms({} if state is None else state.info.get("alarms"))
-        self._diversity = DiversityWatch(recipe, dataset)
+        self._diversity = DiversityWatch(recipe, dataset, config.on_bad == "skip")
         self.first_image = self.engine.images_seen
         self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
         self._last = self.stage
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
+        self._bad: set[str] = set()  # what has been told of images that cannot be read
         settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config)
         if self.is_main:
@@ -161,7 +162,7 @@ class Trainer:
                     self.say(self._stage_line())
                     self._or_save(partial(on_every_process, self.accelerator, self._open_data))
                 self._last = self.stage
-                self.engine.step(self._or_save(partial(next, self._data)))
+                self.engine.step(self._next_batch())
                 self.progress.update(self.engine.images_seen)
                 interrupted = interrupt.agreed()
                 self._keep_up(interrupted)
@@ -197,10 +198,22 @@ class Trainer:
             seed=self.config.seed,
             mirror=self.config.mirror,
             start=self.engine.images_seen,
+            skip_bad=self.config.on_bad == "skip",
             num_workers=self._workers(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self._data = iter(reader)
+
+    def _next_batch(self) -> Batch:
+        batch = self._or_save(partial(next, self._data))
+        if self.config.on_bad == "skip":
+            self.engine.record.stat(
+                "Data/replaced", torch.full((), len(batch.bad) / len(batch.images), device=self.accelerator.device)
+            )
+            for text in set(batch.bad) - self._bad:
+                logger.warning("replaced by another image: %s", text)
+            self._bad.update(batch.bad)
+        return batch
 
     def _or_save(self, read: Callable[[], T]) -> T:
         """Return what is read of the data; if that fails, one process alone saves what it has learnt before it ends.

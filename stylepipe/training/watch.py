@@ -7,6 +7,7 @@ from torch.nn.functional import avg_pool2d
 
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.metrics.diversity import Diversity, diversity, thumbnails
+from stylepipe.training.grids import read_images
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import Recipe
 
@@ -19,10 +20,11 @@ class DiversityWatch:
     Args:
         recipe: what is trained.
         dataset: of the run's resolution; read once, when first needed.
+        skip_bad: take images that cannot be read for black.
     """
 
-    def __init__(self, recipe: Recipe, dataset: ShardDataset) -> None:
-        self._recipe, self._dataset = recipe, dataset
+    def __init__(self, recipe: Recipe, dataset: ShardDataset, skip_bad: bool = False) -> None:
+        self._recipe, self._dataset, self._skip_bad = recipe, dataset, skip_bad
         self._count = min(SAMPLES, len(dataset))
         self._real: dict[int, Diversity] = {}
 
@@ -36,7 +38,8 @@ class DiversityWatch:
             return {}
         img = torch.cat([thumbnails(part).cpu() for part in self._recipe.watched(self._count, stage)])
         if (side := img.shape[2]) not in self._real:
-            img_of_data = thumbnails(torch.from_numpy(self._dataset.read(range(self._count))))
+            images = read_images(self._dataset, range(self._count), self._skip_bad)
+            img_of_data = thumbnails(torch.from_numpy(images))
             self._real[side] = diversity(avg_pool2d(img_of_data, img_of_data.shape[2] // side))
         real, fake = self._real[side], diversity(img)
         if real.nearest == 0:

@@ -471,3 +471,17 @@ def test_a_choice_of_kernels_that_cannot_be_leaves_no_run_folder(chosen, message
     assert main(["train", "--res", "16", "--tracker", "none", "--out", str(tmp_path / "run")]) == 2
     assert f"STYLEPIPE_KERNELS={chosen}: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_read_can_be_skipped(shards, tmp_path, caplog):
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(shards, damaged)
+    (shard,) = damaged.glob("*.tar")
+    with open(shard, "r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(b"\xff" * 600)
+    assert main(options(damaged, out, 0.064, "--on-bad", "skip")) == 0
+    shares = [json.loads(line)["Data/replaced"] for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert 0 < sum(shares) < len(shares)
+    told = [record.message for record in caplog.records if "replaced by another image" in record.message]
+    assert 1 <= len(told) == len(set(told)) <= 2

@@ -213,7 +213,8 @@ def test_a_damaged_image_of_a_level_is_named(out: Path) -> None:
     flip_byte(level.path / "shard-00000.tar", int(level._index[1]["offset"]) + 4)  # in the header of the PPM
     level.read([0, 2])
     with pytest.raises(
-        UserError, match=r"0008/shard-00000\.tar: sample 00000001 cannot be read .*not those that were stored.*remove .*/levels,"
+        UserError,
+        match=r"0008/shard-00000\.tar: sample 00000001 cannot be read .*not those that were stored.*remove .*/levels,",
     ):
         level.read([0, 1])
     faults = find_faults(out, workers=1, progress=False)

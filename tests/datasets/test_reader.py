@@ -19,7 +19,7 @@ import torch
 
 from stylepipe.datasets import order, reader
 from stylepipe.datasets.reader import Batch, Reader
-from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.shards import ShardDataset, open_dataset
 from stylepipe.errors import UserError
 
 
@@ -185,3 +185,57 @@ def is_alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE  # an orphan's entry stays where nobody reaps it
     except psutil.NoSuchProcess:
         return False
+
+
+def damaged(dataset: ShardDataset, samples: list[int]) -> ShardDataset:
+    for sample in samples:
+        row = dataset._index[sample]
+        shard = dataset.path / dataset.manifest.shards[int(row["shard"])].file
+        data = bytearray(shard.read_bytes())
+        data[int(row["offset"]) + 40] ^= 1
+        shard.write_bytes(data)
+    dataset.close()
+    return open_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_cannot_be_read_is_replaced_alike_on_any_number_of_processes(
+    dataset: ShardDataset, num_workers: int
+) -> None:
+    """23 images, two of them damaged: 46 positions are two epochs, so four places have another image."""
+    whole = {i: dataset.read([i])[0].tobytes() for i in range(23)}
+    labels = {i: dataset.labels([i])[0].tolist() for i in range(23)}
+    dataset = damaged(dataset, [4, 9])
+    streams = []
+    for world_size in (1, 2):
+        seen: dict[int, tuple[bytes, list[float]]] = {}
+        told: list[str] = []
+        for rank in range(world_size):
+            reader = Reader(
+                dataset, batch_size=2, rank=rank, world_size=world_size, skip_bad=True, num_workers=num_workers
+            )
+            for batch in islice(reader, 23):
+                told += batch.bad
+                for image, label, position in zip(batch.images, batch.labels, batch.positions, strict=True):
+                    seen[int(position)] = (image.numpy().tobytes(), label.tolist())
+        streams.append(seen)
+        assert len(told) == 4
+        assert all("sample 00000004" in text or "sample 00000009" in text for text in told)
+    assert streams[0] == streams[1]
+    ids = order.image_ids(np.arange(46), 23, 0)
+    numbers = {image: number for number, image in whole.items()}
+    for position, (image, label) in streams[0].items():
+        number = numbers[image]
+        assert labels[number] == label
+        assert (number == ids[position]) == (ids[position] not in (4, 9))
+        assert number not in (4, 9)
+    later = Reader(dataset, batch_size=2, start=20, skip_bad=True, num_workers=num_workers)
+    for batch in islice(later, 5):
+        for image, position in zip(batch.images, batch.positions, strict=True):
+            assert image.numpy().tobytes() == streams[0][int(position)][0]
+
+
+def test_data_of_which_nothing_can_be_read_stops(dataset: ShardDataset) -> None:
+    dataset = damaged(dataset, list(range(23)))
+    with pytest.raises(UserError, match=r"10 images in a row cannot be read, the last: .*not those that were stored"):
+        next(iter(Reader(dataset, batch_size=2, skip_bad=True)))
