@@ -268,6 +268,7 @@ def killed(source: Path, out: Path, seconds: float, *more: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos_to_cut: Path, tmp_path: Path) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     how = Preparation(128, levels=True, labels=True, shard_mb=0.02)
@@ -544,6 +545,7 @@ def test_copies_are_left_out_and_their_originals_named(tmp_path: Path) -> None:
     assert len(exact) == 1
 
 
+@pytest.mark.slow
 def test_copies_are_found_across_a_kill(photos_to_cut: Path, tmp_path: Path) -> None:
     """The photographs are of one colour each, all alike to a hash; the copies of each are found all the same."""
     for path in sorted(photos_to_cut.rglob("*.png"))[::5]:

@@ -122,6 +122,7 @@ def test_a_rollback_goes_on_from_the_healthy_state_with_more_regularization(shar
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_was_rolled_back_resumes_to_the_bit(shards, tmp_path, capsys):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     with poison(40, cured_by=2):
@@ -224,6 +225,7 @@ def test_a_lazy_phase_that_fails_makes_a_state_unhealthy_though_it_did_not_run_s
     assert (out / "log.txt").read_text().count("ALARM not_finite") == 1
 
 
+@pytest.mark.slow
 def test_another_weight_of_a_penalty_begins_anew(shards, tmp_path):
     out = tmp_path / "out"
     with poison(40, cured_by=2):
@@ -233,6 +235,7 @@ def test_another_weight_of_a_penalty_begins_anew(shards, tmp_path):
     assert load_state(out / "state-000000.128").info["rollbacks"] == 0
 
 
+@pytest.mark.slow
 def test_a_growing_training_rolls_back_over_a_stage(shards, tmp_path):
     """It diverges while 16 px fade in, goes back to 8 px, and on as with more regularization from there."""
     out, other = tmp_path / "out", tmp_path / "other"
