@@ -21,8 +21,10 @@ from stylepipe.datasets.manifest import FORMAT_VERSION
 from stylepipe.datasets.photos import printable
 from stylepipe.datasets.preparation import Preparation, check_resolution
 from stylepipe.datasets.prepare import prepare, tool_versions
+from stylepipe.datasets.remote import RemoteDataset, is_remote
 from stylepipe.datasets.shards import is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
+from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
@@ -46,8 +48,9 @@ def dataset_for_training(
     Several processes may call it at once: one prepares, the others wait for it and use the result.
 
     Args:
-        data: a prepared folder (returned as it is), photographs as `open_source` takes them (prepared into the cache,
-            and again only when its files or the options change), or None for the built-in drawn faces.
+        data: a prepared folder (returned as it is) or the location of one (copied into the cache), photographs as
+            `open_source` takes them (prepared into the cache, and again only when its files or the options change), or
+            None for the built-in drawn faces.
         resolution: of the images, in pixels.
         workers: processes that prepare; default one per core.
         labels: the training needs labels: those of a prepared folder, or as `prepare` finds them for photographs.
@@ -64,6 +67,8 @@ def dataset_for_training(
         if labels:
             raise UserError(_DRAWN_WITHOUT_LABELS)
         return _built_once(*_drawn_faces(resolution, workers, with_levels, progress))
+    if is_remote(data):
+        return _downloaded(str(data), resolution, labels, levels)
     data = Path(data)
     if is_prepared(data):
         if not open_dataset(data, resolution).c_dim and labels:
@@ -112,6 +117,21 @@ def cache_folder() -> Path:
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylepipe"
+
+
+def _downloaded(location: str, resolution: int, labels: bool, levels: int | None) -> Path:
+    """Return the copy of a remote dataset in the cache."""
+    remote = RemoteDataset(location)
+    manifest = remote.manifest
+    if manifest.resolution != resolution:
+        raise UserError(
+            f"--data {redacted(location)}: holds images of {manifest.resolution} px, and {resolution} px are asked "
+            f"for; use --res {manifest.resolution}"
+        )
+    if labels and not (manifest.classes or manifest.labels):
+        raise UserError(f"--data {redacted(location)}: has no labels; leave out --cond")
+    key = f"{_file_name(manifest.name)}-{resolution}-remote-{manifest.digest[:16]}{'' if levels is None else '-levels'}"
+    return _built_once(key, partial(remote.download, levels=levels))
 
 
 def _photographs(

@@ -247,7 +247,8 @@ class Config:
     res: int = 256
     """Resolution in pixels, a power of two from 8 to 1024."""
     data: str | None = None
-    """A prepared folder (see `stylepipe prepare`) or a folder of photographs. Default: drawn faces, built in."""
+    """A prepared folder (see `stylepipe prepare`), the location of one (https://, s3://, gs://, hf://, pipe:), or
+    photographs: a folder, zip, tar, WebDataset shards or LMDB. Default: drawn faces, built in."""
     preset: str | None = None
     """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
     Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""

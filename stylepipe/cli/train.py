@@ -24,6 +24,7 @@ from stylepipe.cli.dry_run import dry_run
 from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
 from stylepipe.config import Config, filled, from_mapping
 from stylepipe.datasets.cache import dataset_for_training, label_dimensions, levels_for_training
+from stylepipe.datasets.remote import RemoteDataset, is_remote
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
@@ -181,7 +182,9 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
         )
     if state is not None:
         check_goes_on(config, state)
-    if config.dry_run and config.data is not None and not Path(config.data).is_dir():
+    if config.dry_run and config.data is not None and is_remote(config.data):
+        return config, state, None, RemoteDataset(config.data).c_dim if config.cond else 0
+    if config.dry_run and config.data is not None and not Path(config.data).exists():
         raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
         return config, state, None, label_dimensions(config.data) if config.cond else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from stylepipe.datasets import order
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.shards import ShardDataset, open_dataset
+
+sys.path.append(str(Path(__file__).parent))  # for faulty_server; pytest's importlib mode leaves it out
 
 
 def save_photo(path: Path, size: tuple[int, int] = (40, 50), seed: int = 0) -> None:

@@ -1,0 +1,301 @@
+"""Shards of a remote dataset on a local disk, each downloaded once per node, while the next ones are on their way.
+
+    FOLDER/
+      shard-00000.tar        whole and checked; its time of modification is that of its last use
+      shard-00001.tar.part   coming, or left by a process that was killed: the next download goes on from there
+      shard-00001.tar.lock   flock: held by the process that downloads the shard
+      .space.lock            flock: held by the process that makes room
+
+Every process of a node has a ShardCache of its own on the same folder. What they must agree on is told by locks alone,
+which end with their process, however it ends: a process that uses a shard holds a shared lock on the file, and only a
+file that can be locked exclusively is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stylepipe.datasets.fetching import PART_SUFFIX, RetryPolicy, fetch, part_path
+from stylepipe.datasets.manifest import FileRecord
+from stylepipe.datasets.store import Store
+from stylepipe.errors import UserError
+
+_SPACE_LOCK = ".space.lock"
+
+log = logging.getLogger(__name__)
+
+
+class ShardCache:
+    """The shards of one remote dataset in a local folder of their own; used by one reading thread of a process.
+
+    A process reads in windows of shards. It announces each window with `prefetch` when it begins the one before, and
+    while it reads, the shards of both are kept, and so is the one it asked for last.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        shards: Sequence[FileRecord],
+        folder: Path,
+        limit_bytes: int | None,
+        *,
+        window: int = 1,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        """Make the folder; download nothing.
+
+        Args:
+            store: where the shards are.
+            shards: their records, from the manifest.
+            folder: on a local disk; the same for all processes of a node, and for this dataset only.
+            limit_bytes: that the shards in the folder may have together; None: no limit. It is exceeded, with a
+                warning, rather than waited for where processes read more than two different windows.
+            window: the most shards that are announced at a time.
+            policy: of trying again.
+
+        Raises:
+            UserError: the limit is smaller than two windows, or the folder cannot be made or locked.
+        """
+        self._store = store
+        self._shards = tuple(shards)
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._window = window
+        self._policy = policy
+        self._reset()
+        largest = sorted((record.bytes for record in shards), reverse=True)[: 2 * window]
+        if limit_bytes is not None and limit_bytes < sum(largest):
+            raise UserError(
+                f"{folder}: a limit of {limit_bytes:,} bytes does not hold two windows of {window} of the largest "
+                f"shards, {sum(largest):,} bytes, one to read and one to come; allow that much, or use smaller windows"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / _SPACE_LOCK):
+                pass
+        except OSError as error:
+            raise _unusable(folder, error) from error
+
+    def _reset(self) -> None:
+        """Begin as a process does: with nothing in use and nothing under way."""
+        self._lock = threading.Lock()
+        self._pins: dict[int, int] = {}  # shard: descriptor whose shared lock keeps the file
+        self._windows: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # current, next
+        self._latest: int | None = None
+        self._tasks: dict[int, Future[None]] = {}
+        self._queue: deque[tuple[int, Future[None], bool]] = deque()  # shard, its task, wait for its lock
+        self._thread: threading.Thread | None = None
+
+    def path(self, shard: int) -> Path:
+        """Return the file of a shard, downloaded now if need be: whole, and checked when it came.
+
+        It stays at least until another shard is asked for, and while its window is the current or the next one. Open
+        files outlive that, but keep their room on the disk.
+
+        Raises:
+            RemoteError: the shard cannot be had, now or when it was prefetched (then the next call tries again).
+            UserError: it cannot be written.
+        """
+        with self._lock:
+            self._latest = shard
+            self._release()
+            task = self._tasks.pop(shard, None)
+            if shard in self._pins:
+                return self._path(shard)
+        # Not begun: it is fetched here, ahead of what else waits. Begun or done: its error is raised here.
+        if task is not None and not task.cancel():
+            task.result()
+        try:
+            with _locked(self._lock_path(shard)):
+                self._obtain(shard)
+        except OSError as error:
+            raise _unusable(self._folder, error) from error
+        return self._path(shard)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Announce the next window, and download what lacks of it in the background; errors are raised by `path`."""
+        assert self._limit_bytes is None or len(shards) <= self._window
+        with self._lock:
+            self._windows = (self._windows[1], frozenset(shards))
+            self._release()
+            for shard in [shard for shard, task in self._tasks.items() if not self._is_wanted(shard) and task.cancel()]:
+                del self._tasks[shard]
+            for shard in shards:
+                if shard in self._pins or (shard in self._tasks and not self._tasks[shard].done()):
+                    continue
+                task = self._tasks[shard] = Future()
+                self._queue.append((shard, task, False))
+            if self._queue and self._thread is None:
+                # A daemon: a download under way is not waited for at exit, and is continued by the next process.
+                self._thread = threading.Thread(target=self._work, name="shard prefetch", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop prefetching after the shard under way and let go of all shards; using the cache takes them up again."""
+        with self._lock:
+            for task in self._tasks.values():
+                task.cancel()
+            self._tasks.clear()
+            self._windows = (frozenset(), frozenset())
+            self._latest = None
+            self._release()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("_store", "_shards", "_folder", "_limit_bytes", "_window", "_policy")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / self._shards[shard].file
+
+    def _lock_path(self, shard: int) -> Path:
+        return self._folder / f"{self._shards[shard].file}.lock"
+
+    def _is_wanted(self, shard: int) -> bool:
+        return shard == self._latest or any(shard in window for window in self._windows)
+
+    def _release(self) -> None:
+        """Let go of shards that are no longer wanted; the caller holds `_lock`."""
+        for shard in [shard for shard in self._pins if not self._is_wanted(shard)]:
+            descriptor = self._pins.pop(shard)
+            _touch(descriptor)
+            os.close(descriptor)
+
+    def _work(self) -> None:
+        """Download what is queued, in a thread that ends when nothing is left."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._thread = None
+                    return
+                shard, task, wait = self._queue.popleft()
+            if task.cancelled():
+                continue
+            try:
+                with _locked(self._lock_path(shard), wait=wait) as held:
+                    if not held:  # another process is at it: take the others first
+                        with self._lock:
+                            self._queue.append((shard, task, True))
+                    elif task.set_running_or_notify_cancel():
+                        self._obtain(shard)
+                        task.set_result(None)
+            except BaseException as error:
+                if task.running() or task.set_running_or_notify_cancel():
+                    task.set_exception(_unusable(self._folder, error) if isinstance(error, OSError) else error)
+
+    def _obtain(self, shard: int) -> None:
+        """Have a shard on disk and in use; the caller holds its lock file."""
+        record = self._shards[shard]
+        path = self._path(shard)
+        while not self._pin(shard):
+            self._make_room(shard)
+            fetch(self._store, record.file, path, size=record.bytes, sha256=record.sha256, policy=self._policy)
+
+    def _pin(self, shard: int) -> bool:
+        """Take a shard that is on disk into use, or return False."""
+        with self._lock:
+            if shard in self._pins:
+                return True
+        try:
+            descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        status = os.fstat(descriptor)
+        if status.st_nlink == 0 or status.st_size != self._shards[shard].bytes:  # removed before it was locked; damaged
+            os.close(descriptor)
+            return False
+        _touch(descriptor)
+        with self._lock:
+            self._pins[shard] = descriptor
+            self._release()
+        return True
+
+    def _make_room(self, shard: int) -> None:
+        """Remove the least recently used shards until this one fits, and reserve its place by its `.part`."""
+        if self._limit_bytes is None:
+            return
+        numbers = {record.file: number for number, record in enumerate(self._shards)}
+        with _locked(self._folder / _SPACE_LOCK):
+            found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
+            for entry in os.scandir(self._folder):
+                number = numbers.get(entry.name.removesuffix(PART_SUFFIX), shard)
+                if number == shard:
+                    continue
+                try:
+                    found[number] = (entry.stat().st_mtime_ns, entry.name.endswith(PART_SUFFIX))
+                except FileNotFoundError:  # a part that has become whole since it was listed
+                    found[number] = (time.time_ns(), False)
+            # Parts count whole: they will grow.
+            used = sum(self._shards[number].bytes for number in (shard, *found))
+            for number, (_, is_part) in sorted(found.items(), key=lambda item: item[1]):
+                if used <= self._limit_bytes:
+                    break
+                if self._remove_part(number) if is_part else _remove_unused(self._path(number)):
+                    used -= self._shards[number].bytes
+            if used > self._limit_bytes:
+                log.warning(
+                    "%s: %d bytes are in use at once, above the limit of %d; processes read different windows",
+                    self._folder,
+                    used,
+                    self._limit_bytes,
+                )
+            part_path(self._path(shard)).touch()
+
+    def _remove_part(self, shard: int) -> bool:
+        """Remove what a killed process left of a shard; return False where it is being downloaded."""
+        with _locked(self._lock_path(shard), wait=False) as held:
+            if held:
+                part_path(self._path(shard)).unlink(missing_ok=True)
+            return held
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a shard that no process uses; return False where one does."""
+    with _locked(path, wait=False) as held:
+        if held:
+            path.unlink()
+        return held
+
+
+def _touch(descriptor: int) -> None:
+    """Note that a shard is used now; the kernel's own clock for files tells moments within milliseconds not apart."""
+    os.utime(descriptor, ns=(time.time_ns(),) * 2)
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a file's exclusive lock, which ends with this process; yield whether it is held: always, if it waits."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: cannot be used as a cache ({error.strerror or error}); name a folder on a local disk that can be "
+        "written and locked"
+    )
