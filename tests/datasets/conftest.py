@@ -16,7 +16,7 @@ from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.shards import ShardDataset, open_dataset
 
-sys.path.append(str(Path(__file__).parent))  # for faulty_server; pytest's importlib mode leaves it out
+sys.path.append(str(Path(__file__).parent))  # for helpers of several files; pytest's importlib mode leaves it out
 
 
 def save_photo(path: Path, size: tuple[int, int] = (40, 50), seed: int = 0) -> None:
