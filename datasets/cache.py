@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ from stylepipe.datasets.shards import is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
+from stylepipe.files import locked
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
 
@@ -189,12 +189,10 @@ def _built_once(key: str, build: Callable[[Path], object], is_built: Callable[[P
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock that ends with this process, however it ends; say so when it has to wait."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another process is preparing the same data; waiting for it (lock: %s)", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
-            log.warning("%s cannot be locked (%s); start one process at a time", path, error.strerror)
+    with locked(path, wait=False) as held:
+        if held:
+            yield
+            return
+    log.warning("another process is preparing the same data; waiting for it (lock: %s)", path)
+    with locked(path):
         yield

@@ -16,7 +16,7 @@ from stylepipe.datasets.photos import encode
 from stylepipe.datasets.prepare import tool_versions
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order
 from stylepipe.datasets.progress import with_progress
-from stylepipe.datasets.writer import new_dataset_folder
+from stylepipe.datasets.resuming import new_folder
 
 # Constants, so that the built-in data is the same everywhere; chosen to be drawn within 40 s on two cores.
 DRAWN_COUNTS = {8: 4096, 16: 4096, 32: 4096, 64: 4096, 128: 4096, 256: 2048, 512: 1024, 1024: 512}
@@ -41,7 +41,7 @@ def draw_dataset(
         UserError: `out` exists, or cannot be written.
     """
     smaller = level_resolutions(resolution) if levels else []
-    with new_dataset_folder(out) as folder, DatasetWriter(folder, smaller) as writer:
+    with new_folder(out) as folder, DatasetWriter(folder, smaller) as writer:
         for face in _drawn(resolution, count, seed, levels, workers, progress):
             writer.add(face)
 
@@ -60,7 +60,7 @@ def draw_folder(
     Raises:
         UserError: `out` exists, or cannot be written.
     """
-    with new_dataset_folder(out) as folder:
+    with new_folder(out) as folder:
         for index, (face, *_) in enumerate(_drawn(resolution, count, seed, False, workers, progress)):
             (folder / f"{index:08d}.png").write_bytes(face)
 

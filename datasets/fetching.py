@@ -14,6 +14,7 @@ from typing import IO
 
 from stylepipe.datasets.store import RemoteError, Store
 from stylepipe.errors import UserError
+from stylepipe.files import flush_entry
 
 PART_SUFFIX = ".part"
 
@@ -79,7 +80,7 @@ def fetch(store: Store, name: str, to: Path, *, size: int, sha256: str, policy: 
                     retry=False,
                 )
         os.replace(part, to)
-        _flush_folder(to.parent)
+        flush_entry(to.parent)
     except OSError as error:
         raise UserError(
             f"{to}: cannot be written ({error.strerror or error}); make room or name another place"
@@ -145,11 +146,3 @@ def _given_up(error: RemoteError, tries: int, seconds: float) -> RemoteError:
     return RemoteError(
         f"{error} ({tried}){remedy}", status=error.status, retry=error.retry, retry_after_s=error.retry_after_s
     )
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,8 +25,9 @@ from stylepipe.datasets.manifest import LEVEL_OF, FileRecord, Manifest
 from stylepipe.datasets.photos import encode
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
+from stylepipe.datasets.resuming import new_folder
 from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, level_folder
-from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, can_resume, new_dataset_folder
+from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, can_resume
 from stylepipe.errors import UserError
 
 LOWEST_LEVEL = 4
@@ -197,7 +198,7 @@ def build_levels(dataset: ShardDataset, out: Path, *, workers: int | None = None
     resolutions = level_resolutions(dataset.resolution)
     shard_bytes = int(manifest.options.get("shard_mb", SHARD_BYTES / 2**20) * 2**20)
     with (
-        new_dataset_folder(out) as folder,
+        new_folder(out) as folder,
         LevelsWriter(folder, resolutions, shard_bytes) as writer,
     ):
         for sample, levels in enumerate(images):

@@ -10,7 +10,6 @@ Files may be longer than progress.json says. They are cut to that when the work 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path, flush
+from stylepipe.files import atomic_path, flush, locked
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +53,17 @@ class Work:
 
 
 @contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `out` when the block ends well; what was done otherwise is not kept.
+
+    Raises:
+        UserError: as for `resumable_folder`.
+    """
+    with resumable_folder(out, "", lambda folder, progress: False) as work:
+        yield work.folder
+
+
+@contextmanager
 def resumable_folder(out: Path, plan: str, can_go_on: Callable[[Path, Mapping[str, Any]], bool]) -> Iterator[Work]:
     """Yield the work for a new folder `out`, begun or gone on with; it becomes `out` when the block ends well.
 
@@ -72,7 +82,9 @@ def resumable_folder(out: Path, plan: str, can_go_on: Callable[[Path, Mapping[st
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out}: exists already; name a new folder, or remove this one first")
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_process(folder, out):
+        with locked(folder, wait=False) as held:
+            if not held:
+                raise UserError(f"{out}: another process is writing it; wait for that, or name another folder")
             work = Work(folder, _taken_up(folder, plan, can_go_on))
             try:
                 yield work
@@ -106,19 +118,3 @@ def _taken_up(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / PLAN_FILE).write_text(plan)
     return None
-
-
-@contextmanager
-def _only_process(folder: Path, out: Path) -> Iterator[None]:
-    """Hold a lock on the folder that ends with this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is writing it; wait for that, or name another folder") from error
-        except OSError as error:  # some network file systems lock no folders
-            log.warning("%s cannot be locked (%s); see that only one process writes it", folder, error.strerror)
-        yield
-    finally:
-        os.close(descriptor)

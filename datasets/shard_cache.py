@@ -19,9 +19,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from stylepipe.datasets.fetching import PART_SUFFIX, RetryPolicy, fetch, part_pa
 from stylepipe.datasets.manifest import FileRecord
 from stylepipe.datasets.store import Store
 from stylepipe.errors import UserError
+from stylepipe.files import locked
 
 _SPACE_LOCK = ".space.lock"
 
@@ -81,7 +81,7 @@ class ShardCache:
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / _SPACE_LOCK):
+            with locked(folder / _SPACE_LOCK, needed=True):
                 pass
         except OSError as error:
             raise _unusable(folder, error) from error
@@ -116,7 +116,7 @@ class ShardCache:
         if task is not None and not task.cancel():
             task.result()
         try:
-            with _locked(self._lock_path(shard)):
+            with locked(self._lock_path(shard), needed=True):
                 self._obtain(shard)
         except OSError as error:
             raise _unusable(self._folder, error) from error
@@ -188,7 +188,7 @@ class ShardCache:
             if task.cancelled():
                 continue
             try:
-                with _locked(self._lock_path(shard), wait=wait) as held:
+                with locked(self._lock_path(shard), wait=wait, needed=True) as held:
                     if not held:  # another process is at it: take the others first
                         with self._lock:
                             self._queue.append((shard, task, True))
@@ -232,7 +232,7 @@ class ShardCache:
         if self._limit_bytes is None:
             return
         numbers = {record.file: number for number, record in enumerate(self._shards)}
-        with _locked(self._folder / _SPACE_LOCK):
+        with locked(self._folder / _SPACE_LOCK, needed=True):
             found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
             for entry in os.scandir(self._folder):
                 number = numbers.get(entry.name.removesuffix(PART_SUFFIX), shard)
@@ -260,7 +260,7 @@ class ShardCache:
 
     def _remove_part(self, shard: int) -> bool:
         """Remove what a killed process left of a shard; return False where it is being downloaded."""
-        with _locked(self._lock_path(shard), wait=False) as held:
+        with locked(self._lock_path(shard), wait=False, needed=True) as held:
             if held:
                 part_path(self._path(shard)).unlink(missing_ok=True)
             return held
@@ -268,7 +268,7 @@ class ShardCache:
 
 def _remove_unused(path: Path) -> bool:
     """Remove a shard that no process uses; return False where one does."""
-    with _locked(path, wait=False) as held:
+    with locked(path, wait=False, needed=True) as held:
         if held:
             path.unlink()
         return held
@@ -277,21 +277,6 @@ def _remove_unused(path: Path) -> bool:
 def _touch(descriptor: int) -> None:
     """Note that a shard is used now; the kernel's own clock for files tells moments within milliseconds not apart."""
     os.utime(descriptor, ns=(time.time_ns(),) * 2)
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a file's exclusive lock, which ends with this process; yield whether it is held: always, if it waits."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-    finally:
-        os.close(descriptor)
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -22,6 +22,7 @@ from stylepipe.datasets.levels import build_levels
 from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, Manifest
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
 from stylepipe.datasets.progress import with_progress
+from stylepipe.datasets.resuming import new_folder
 from stylepipe.datasets.shards import (
     INDEX_DTYPE,
     INDEX_DTYPE_V1,
@@ -33,7 +34,7 @@ from stylepipe.datasets.shards import (
     stored_levels,
 )
 from stylepipe.datasets.sources.tars import scan_tar
-from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter, new_dataset_folder
+from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter
 from stylepipe.errors import UserError
 
 IndexArray = npt.NDArray[np.void]
@@ -110,7 +111,7 @@ def repair(path: str | Path, out: str | Path, *, workers: int | None = None, pro
     samples, _ = _samples(path, manifest)
     shard_bytes = int(manifest.options.get("shard_mb", SHARD_BYTES / 2**20) * 2**20)
     results = _checked(path, manifest, samples, workers, progress)
-    with new_dataset_folder(out) as folder, ShardWriter(folder, shard_bytes) as writer:
+    with new_folder(out) as folder, ShardWriter(folder, shard_bytes) as writer:
         for sample, faults in zip(samples, results, strict=True):
             if not any(fault.lost for fault in faults):
                 label = np.asarray(sample.label, np.float32) if isinstance(sample.label, tuple) else sample.label

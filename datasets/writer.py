@@ -1,19 +1,15 @@
-"""Writing shards: equal samples in equal order give equal bytes; a folder of them appears whole or not at all."""
+"""Writing shards: equal samples in equal order give equal bytes."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict
-from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -23,36 +19,12 @@ import numpy.typing as npt
 
 from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, MANIFEST_FILE, FileRecord, Manifest
 from stylepipe.datasets.shards import INDEX_DTYPE, file_sha256
-from stylepipe.errors import UserError
-from stylepipe.files import atomic_path
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 1024 * 1024
 _ROWS_FILE, _VECTORS_FILE = "index.partial", "labels.partial"
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8": ".jpg", b"P6": ".ppm"}
-
-
-@contextmanager
-def new_dataset_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden sibling of `out` to fill, which becomes `out` when the block ends well.
-
-    On an exception it is removed. Killed, it stays behind hidden, and the next call for the same `out` removes it: its
-    lock is gone with its process. Raise UserError where `out` is not free, is being written, or cannot be.
-    """
-    try:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out}: exists already; name a new folder, or remove this one first")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        with atomic_path(out) as folder:
-            folder.mkdir()
-            with _locked(folder):
-                yield folder
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); make room or name another place"
-        ) from error
 
 
 class ShardWriter:
@@ -235,32 +207,3 @@ def _member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)  # its defaults: time 0, owner 0, no names, mode 0644
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder that ends with this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems lock no folders: then nothing is ever taken for left over
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what killed processes left of `out`; raise UserError where a live one is writing it."""
-    for folder in out.parent.glob(f".{escape(out.name)}.*.tmp"):  # as atomic_path names them
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is writing it; wait for that, or name another folder") from error
-        except OSError:
-            log.warning("%s is left over from a process that was killed or is still at work; remove it if not", folder)
-        else:
-            log.warning("removing %s, left over from a process that was killed", folder)
-            shutil.rmtree(folder)
-        finally:
-            os.close(descriptor)

@@ -1,12 +1,16 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and one process at a time."""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)  # it can only be read by setting it; at import no other thread makes files
@@ -27,10 +31,37 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
-        _flush_entry(path.parent)
+        flush_entry(path.parent)
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True, needed: bool = False) -> Iterator[bool]:
+    """Hold an exclusive lock that ends with this process, however it ends; yield whether it is held.
+
+    Args:
+        path: a folder, or a file, which is made if need be.
+        wait: for another process that holds it; else that yields False.
+        needed: raise OSError where the file system has no locks, as some network file systems have none. Else that is
+            warned of, and counts as held.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        held = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            if needed:
+                raise
+            log.warning("%s cannot be locked (%s); see that only one process uses it", path, error.strerror)
+        yield held
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:
@@ -39,10 +70,11 @@ def flush(path: Path) -> None:
     for entry in entries:
         if entry.is_file():
             entry.chmod(0o666 & ~_UMASK)  # some libraries write files that nobody else may read
-        _flush_entry(entry)
+        flush_entry(entry)
 
 
-def _flush_entry(path: Path) -> None:
+def flush_entry(path: Path) -> None:
+    """Force one file, or the names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from stylepipe.config import Config
 from stylepipe.errors import UserError
+from stylepipe.files import locked
 from stylepipe.training.checkpoint import State, load_state, newest_state
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,9 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
 @contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
     """Hold a lock on the run's folder that ends with this process, however it ends."""
-    with open(out / LOCK_NAME, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--out {out}: another process is training there; wait for it or give another") from error
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s); see that only one run uses it", out, error.strerror)
+    with locked(out / LOCK_NAME, wait=False) as held:
+        if not held:
+            raise UserError(f"--out {out}: another process is training there; wait for it or give another")
         yield
 
 
