@@ -21,7 +21,7 @@ from stylepipe.datasets.photos import printable
 from stylepipe.datasets.preparation import Preparation, check_resolution
 from stylepipe.datasets.prepare import prepare, tool_versions
 from stylepipe.datasets.remote import RemoteDataset, is_remote
-from stylepipe.datasets.shards import is_prepared, open_dataset, stored_levels
+from stylepipe.datasets.shards import ShardDataset, is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
@@ -101,6 +101,36 @@ def levels_for_training(path: Path, lowest: int, *, workers: int | None = None, 
     )
 
 
+def windowed_for_training(
+    location: str,
+    resolution: int,
+    window_shards: int,
+    limit_bytes: int | None = None,
+    *,
+    labels: bool = False,
+    levels: int | None = None,
+) -> ShardDataset:
+    """Return a remote dataset whose shards come into the cache when a `WindowOrder` comes to them.
+
+    Several processes may call it at once, and share what has come.
+
+    Args:
+        location: of a prepared dataset.
+        resolution: of the images, in pixels.
+        window_shards: the most shards of a window.
+        limit_bytes: that shards may have in the cache; None: no limit.
+        labels: the training needs labels.
+        levels: the training also needs the images at smaller resolutions, from this one up.
+
+    Raises:
+        UserError: it cannot be had, does not fit, or the cache cannot be written.
+    """
+    remote = _open_remote(location, resolution, labels)
+    download = partial(remote.download, levels=levels, shards=False)
+    folder = _built_once(_remote_key(remote, levels, "windows"), download)
+    return remote.windowed(folder, window_shards, limit_bytes)
+
+
 def label_dimensions(photographs: str | Path | None) -> int:
     """Return the c_dim that photographs will have when they are prepared with labels.
 
@@ -121,6 +151,11 @@ def cache_folder() -> Path:
 
 def _downloaded(location: str, resolution: int, labels: bool, levels: int | None) -> Path:
     """Return the copy of a remote dataset in the cache."""
+    remote = _open_remote(location, resolution, labels)
+    return _built_once(_remote_key(remote, levels, "remote"), partial(remote.download, levels=levels))
+
+
+def _open_remote(location: str, resolution: int, labels: bool) -> RemoteDataset:
     remote = RemoteDataset(location)
     manifest = remote.manifest
     if manifest.resolution != resolution:
@@ -130,8 +165,13 @@ def _downloaded(location: str, resolution: int, labels: bool, levels: int | None
         )
     if labels and not (manifest.classes or manifest.labels):
         raise UserError(f"--data {redacted(location)}: has no labels; leave out --cond")
-    key = f"{_file_name(manifest.name)}-{resolution}-remote-{manifest.digest[:16]}{'' if levels is None else '-levels'}"
-    return _built_once(key, partial(remote.download, levels=levels))
+    return remote
+
+
+def _remote_key(remote: RemoteDataset, levels: int | None, kind: str) -> str:
+    manifest = remote.manifest
+    parts = [_file_name(manifest.name), str(manifest.resolution), kind, manifest.digest[:16]]
+    return "-".join(parts if levels is None else [*parts, "levels"])
 
 
 def _photographs(

@@ -6,9 +6,11 @@ import hashlib
 import logging
 import os
 import random
+import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -46,7 +48,16 @@ class RetryPolicy:
         return max(backoff, min(error.retry_after_s or 0.0, _LONGEST_RETRY_AFTER_S))
 
 
-def fetch(store: Store, name: str, to: Path, *, size: int, sha256: str, policy: RetryPolicy | None = None) -> None:
+def fetch(
+    store: Store,
+    name: str,
+    to: Path,
+    *,
+    size: int,
+    sha256: str,
+    policy: RetryPolicy | None = None,
+    stop: threading.Event | None = None,
+) -> None:
     """Download a file, so that it is whole and right at `to` or not there at all.
 
     What has come is kept at `to` + ".part" when it fails or is killed, and the next call goes on from there (of a store
@@ -59,20 +70,21 @@ def fetch(store: Store, name: str, to: Path, *, size: int, sha256: str, policy: 
         size: its bytes, as the manifest says.
         sha256: its hash, as hexadecimal text.
         policy: of trying again.
+        stop: when it is set, the download is given up after the piece under way.
 
     Raises:
-        RemoteError: it cannot be had; or differs from the manifest, twice from the first byte to the last.
+        RemoteError: it cannot be had, is stopped, or differs from the manifest, twice from first byte to last.
         UserError: it cannot be written.
     """
     part = part_path(to)
-    policy = policy or RetryPolicy()
+    complete = partial(_complete, store, name, part, size, policy or RetryPolicy(), stop or threading.Event())
     try:
-        if _complete(store, name, part, size, policy) != sha256:
+        if complete() != sha256:
             log.warning(
                 "%s: SHA-256 differs from the manifest; downloading it once more from the start", store.url(name)
             )
             part.unlink()
-            if (found := _complete(store, name, part, size, policy)) != sha256:
+            if (found := complete()) != sha256:
                 part.unlink()
                 raise RemoteError(
                     f"{store.url(name)}: the remote file differs from the manifest (SHA-256 {found[:12]}... instead of "
@@ -92,7 +104,7 @@ def part_path(to: Path) -> Path:
     return to.with_name(to.name + PART_SUFFIX)
 
 
-def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolicy) -> str:
+def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolicy, stop: threading.Event) -> str:
     """Download what `part` lacks and flush it to the disk; return its SHA-256. Raise RemoteError."""
     part.touch()
     with open(part, "r+b") as file:
@@ -104,8 +116,10 @@ def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolic
         furthest, failures, since = file.tell(), 0, time.monotonic()
         while file.tell() < size:
             try:
-                _append(store, name, file, digest, size)
+                _append(store, name, file, digest, size, stop)
             except RemoteError as error:
+                if stop.is_set():
+                    raise
                 if file.tell() > furthest:  # a long file over a bad line is not given up while it grows
                     furthest, failures, since = file.tell(), 0, time.monotonic()
                 failures += 1
@@ -113,7 +127,8 @@ def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolic
                     raise _given_up(error, failures, time.monotonic() - since) from None
                 wait_s = policy.wait_s(failures, error)
                 log.warning("%s; try %d of %d in %.1f s", error, failures + 1, policy.tries, wait_s)
-                time.sleep(wait_s)
+                if _wait(stop, wait_s):
+                    raise _stopped(store, name) from None
                 if not store.ranged:
                     file.seek(0)
                     file.truncate()
@@ -123,7 +138,11 @@ def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolic
     return digest.hexdigest()
 
 
-def _append(store: Store, name: str, file: IO[bytes], digest: hashlib._Hash, size: int) -> None:
+def _wait(stop: threading.Event, seconds: float) -> bool:
+    return stop.wait(seconds)
+
+
+def _append(store: Store, name: str, file: IO[bytes], digest: hashlib._Hash, size: int, stop: threading.Event) -> None:
     """Go through the file once, from where it is to its end; raise RemoteError, with the file as far as it came."""
     with closing(store.pieces(name, file.tell(), size)) as pieces:
         for data in pieces:
@@ -136,8 +155,14 @@ def _append(store: Store, name: str, file: IO[bytes], digest: hashlib._Hash, siz
             file.write(data)
             file.flush()  # what has come outlives this process
             digest.update(data)
+            if stop.is_set() and file.tell() < size:
+                raise _stopped(store, name)
     if file.tell() < size:
         raise RemoteError(f"{store.url(name)}: ended after {file.tell():,} of {size:,} bytes")
+
+
+def _stopped(store: Store, name: str) -> RemoteError:
+    return RemoteError(f"{store.url(name)}: stopped", retry=False)
 
 
 def _given_up(error: RemoteError, tries: int, seconds: float) -> RemoteError:

@@ -1,20 +1,37 @@
-"""A dataset on a web server, in an object store or behind a command, copied here once to be trained on."""
+"""A dataset on a web server, in an object store or behind a command.
+
+It is either copied here as a whole, or read in windows of shards: index and labels are copied, shards come when the
+order of the run comes to them, and stay as long as there is room.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from stylepipe.datasets.fetching import fetch
 from stylepipe.datasets.levels import level_resolutions
-from stylepipe.datasets.manifest import MANIFEST_FILE, Manifest
+from stylepipe.datasets.manifest import LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.datasets.resuming import resumable_folder
-from stylepipe.datasets.shards import LEVELS_FOLDER, file_sha256
+from stylepipe.datasets.shard_cache import ShardCache
+from stylepipe.datasets.shard_files import ShardFile
+from stylepipe.datasets.shards import (
+    LEVELS_FOLDER,
+    ShardDataset,
+    file_sha256,
+    level_folder,
+    load_manifest,
+    stored_levels,
+)
 from stylepipe.datasets.store import RemoteError, Store, open_store
 from stylepipe.errors import UserError
 
 log = logging.getLogger(__name__)
+
+GB = 10**9
 
 _NOT_FOUND = (404, 410)
 
@@ -52,12 +69,13 @@ class RemoteDataset:
         header = 128  # bytes of an array file of two dimensions, before its numbers
         return (self.manifest.labels.bytes - header) // (4 * self.manifest.count)
 
-    def download(self, out: Path, levels: int | None = None) -> None:
+    def download(self, out: Path, levels: int | None = None, *, shards: bool = True) -> None:
         """Copy it into the new folder `out`, every file checked by its hash; a download that was cut goes on.
 
         Args:
             out: must not exist, or be empty; it appears when it is whole.
             levels: also copy the stored levels from this resolution up, where they are there.
+            shards: without them, `out` is for `WindowedDataset`.
 
         Raises:
             UserError: a file cannot be had, or `out` cannot be written.
@@ -68,11 +86,35 @@ class RemoteDataset:
             for folder, manifest in self._parts(levels):
                 (work.folder / folder).mkdir(parents=True, exist_ok=True)
                 for record in manifest.files():
+                    if not shards and record in manifest.shards:
+                        continue
                     target = work.folder / folder / record.file
                     if not (target.exists() and file_sha256(target) == record.sha256):
                         log.info("downloading %s (%.0f MB)", folder + record.file, record.bytes / 1e6)
                         fetch(self._store, folder + record.file, target, size=record.bytes, sha256=record.sha256)
                 (work.folder / folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+    def windowed(self, folder: Path, window_shards: int, limit_bytes: int | None) -> WindowedDataset:
+        """Return the dataset, with shards that come into `folder` when they are needed.
+
+        Args:
+            folder: with its index and labels, from `download` without shards.
+            window_shards: the most shards of a window of the order in which it will be read.
+            limit_bytes: that shards may have here; None: no limit.
+
+        Raises:
+            UserError: the limit is smaller than two windows, or the folder cannot be used.
+        """
+        whole = ShardDataset(folder, load_manifest(folder))
+        levels = [_level_of(whole, resolution) for resolution in stored_levels(whole.levels)]
+        shards, parts = list(whole.manifest.shards), {whole.resolution: 0}
+        for level in levels:
+            parts[level.resolution] = len(shards)
+            within = level.path.relative_to(folder)
+            shards += [replace(record, file=f"{within.as_posix()}/{record.file}") for record in level.manifest.shards]
+        if limit_bytes is not None:
+            _check_limit([whole, *levels], window_shards, limit_bytes)
+        return WindowedDataset(folder, whole.manifest, ShardCache(self._store, shards, folder, limit_bytes), parts)
 
     def _parts(self, levels: int | None) -> Iterator[tuple[str, Manifest]]:
         """Yield the folders within the dataset and their manifests: its levels, then the dataset itself."""
@@ -84,6 +126,80 @@ class RemoteDataset:
                 if error.status not in _NOT_FOUND:
                     raise
         yield "", self.manifest
+
+
+class WindowedDataset(ShardDataset):
+    """A remote dataset of which only some shards are here at a time, for a `WindowOrder`; see `RemoteDataset.windowed`.
+
+    Args:
+        folder: with the index and labels of the images and of their levels.
+        manifest: of the images.
+        cache: of the shards of all levels.
+        parts: the number in the cache of the first shard of each resolution.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, cache: ShardCache, parts: Mapping[int, int]) -> None:
+        super().__init__(folder, manifest, shards=_Part(cache, parts[manifest.resolution]))
+        self._cache, self._parts = cache, parts
+
+    @property
+    def previewed(self) -> range:
+        """The images of the first shard."""
+        return range(self.manifest.shards[0].samples)
+
+    def level(self, resolution: int) -> ShardDataset:
+        """See `ShardDataset.level`."""
+        if resolution == self.resolution:
+            return self
+        if resolution not in self._parts:
+            raise UserError(
+                f"{self.name}: has no images of {resolution} px where it is stored; prepare it again with --levels, or "
+                f"train with --data-window 0, which copies all of it and makes them here"
+            )
+        folder = level_folder(self.levels, resolution)
+        return WindowedDataset(folder, load_manifest(folder), self._cache, self._parts)
+
+
+class _Part(NamedTuple):
+    """The shards of one resolution in a cache, as `Shards`."""
+
+    cache: ShardCache
+    first: int
+
+    def open(self, shard: int) -> ShardFile:
+        return self.cache.open(self.first + shard)
+
+    def prefetch(self, shards: Collection[int]) -> None:
+        self.cache.prefetch([self.first + shard for shard in shards])
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+def _level_of(dataset: ShardDataset, resolution: int) -> ShardDataset:
+    folder = level_folder(dataset.levels, resolution)
+    manifest = load_manifest(folder)
+    if manifest.options.get(LEVEL_OF) != dataset.manifest.digest:
+        raise UserError(
+            f"{dataset.name}: what is stored as its level of {resolution} px is one of other images; copy the dataset "
+            f"there again"
+        )
+    return ShardDataset(folder, manifest)
+
+
+def _check_limit(levels: Sequence[ShardDataset], window_shards: int, limit_bytes: int) -> None:
+    """Refuse a limit that does not hold a window to read and one to come, at any resolution."""
+    ranges = levels[0].ranges_of_shards()
+    needed = 0
+    for level in levels:
+        sizes = [record.bytes for record in level.manifest.shards]
+        windows = sorted((sum(sizes[shard] for shard in level.shards_of([ids])) for ids in ranges), reverse=True)
+        needed = max(needed, 2 * sum(windows[:window_shards]))
+    if limit_bytes < needed:
+        raise UserError(
+            f"--data-cache-gb {limit_bytes / GB:g}: two windows of {window_shards} shards, one to read and one to "
+            f"come, take up to {needed / GB:.3g}; allow that much, or use a smaller --data-window"
+        )
 
 
 def _read_manifest(store: Store, name: str) -> Manifest:

@@ -19,13 +19,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from stylepipe.datasets.fetching import PART_SUFFIX, RetryPolicy, fetch, part_path
 from stylepipe.datasets.manifest import FileRecord
+from stylepipe.datasets.shard_files import ShardFile
 from stylepipe.datasets.store import Store
 from stylepipe.errors import UserError
 from stylepipe.files import locked
@@ -36,10 +37,10 @@ log = logging.getLogger(__name__)
 
 
 class ShardCache:
-    """The shards of one remote dataset in a local folder of their own; used by one reading thread of a process.
+    """The shards of one remote dataset in a local folder of their own; may be used by several threads.
 
     A process reads in windows of shards. It announces each window with `prefetch` when it begins the one before, and
-    while it reads, the shards of both are kept, and so is the one it asked for last.
+    the shards of both are kept, as is whatever it has open.
     """
 
     def __init__(
@@ -49,82 +50,63 @@ class ShardCache:
         folder: Path,
         limit_bytes: int | None,
         *,
-        window: int = 1,
         policy: RetryPolicy | None = None,
     ) -> None:
         """Make the folder; download nothing.
 
         Args:
             store: where the shards are.
-            shards: their records, from the manifest.
+            shards: their records; a file may be in a sub-folder, there and here.
             folder: on a local disk; the same for all processes of a node, and for this dataset only.
             limit_bytes: that the shards in the folder may have together; None: no limit. It is exceeded, with a
-                warning, rather than waited for where processes read more than two different windows.
-            window: the most shards that are announced at a time.
+                warning, rather than waited for where more is in use at a time.
             policy: of trying again.
 
         Raises:
-            UserError: the limit is smaller than two windows, or the folder cannot be made or locked.
+            UserError: the folder cannot be made or locked.
         """
         self._store = store
         self._shards = tuple(shards)
         self._folder = folder
         self._limit_bytes = limit_bytes
-        self._window = window
         self._policy = policy
-        self._reset()
-        largest = sorted((record.bytes for record in shards), reverse=True)[: 2 * window]
-        if limit_bytes is not None and limit_bytes < sum(largest):
-            raise UserError(
-                f"{folder}: a limit of {limit_bytes:,} bytes does not hold two windows of {window} of the largest "
-                f"shards, {sum(largest):,} bytes, one to read and one to come; allow that much, or use smaller windows"
-            )
+        self._lock = threading.Lock()
+        self._pins: dict[int, ShardFile] = {}  # of the windows; a shared lock on each keeps the file
+        self._windows: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # current, next
+        self._tasks: dict[int, Future[None]] = {}
+        self._queue: deque[tuple[int, Future[None], bool]] = deque()  # shard, its task, wait for its lock
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            for parent in self._folders():
+                parent.mkdir(parents=True, exist_ok=True)
             with locked(folder / _SPACE_LOCK, needed=True):
                 pass
         except OSError as error:
             raise _unusable(folder, error) from error
 
-    def _reset(self) -> None:
-        """Begin as a process does: with nothing in use and nothing under way."""
-        self._lock = threading.Lock()
-        self._pins: dict[int, int] = {}  # shard: descriptor whose shared lock keeps the file
-        self._windows: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # current, next
-        self._latest: int | None = None
-        self._tasks: dict[int, Future[None]] = {}
-        self._queue: deque[tuple[int, Future[None], bool]] = deque()  # shard, its task, wait for its lock
-        self._thread: threading.Thread | None = None
-
-    def path(self, shard: int) -> Path:
-        """Return the file of a shard, downloaded now if need be: whole, and checked when it came.
-
-        It stays at least until another shard is asked for, and while its window is the current or the next one. Open
-        files outlive that, but keep their room on the disk.
+    def open(self, shard: int) -> ShardFile:
+        """Return a shard, downloaded now if need be: whole, and checked when it came. It stays as long as it is open.
 
         Raises:
             RemoteError: the shard cannot be had, now or when it was prefetched (then the next call tries again).
             UserError: it cannot be written.
         """
         with self._lock:
-            self._latest = shard
-            self._release()
-            task = self._tasks.pop(shard, None)
             if shard in self._pins:
-                return self._path(shard)
+                return self._pins[shard]
+            task = self._tasks.pop(shard, None)
         # Not begun: it is fetched here, ahead of what else waits. Begun or done: its error is raised here.
         if task is not None and not task.cancel():
             task.result()
         try:
             with locked(self._lock_path(shard), needed=True):
-                self._obtain(shard)
+                return self._obtain(shard)
         except OSError as error:
             raise _unusable(self._folder, error) from error
-        return self._path(shard)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Announce the next window, and download what lacks of it in the background; errors are raised by `path`."""
-        assert self._limit_bytes is None or len(shards) <= self._window
+    def prefetch(self, shards: Collection[int]) -> None:
+        """Announce the next window, and download what lacks of it in the background; errors are raised by `open`."""
         with self._lock:
             self._windows = (self._windows[1], frozenset(shards))
             self._release()
@@ -141,25 +123,21 @@ class ShardCache:
                 self._thread.start()
 
     def close(self) -> None:
-        """Stop prefetching after the shard under way and let go of all shards; using the cache takes them up again."""
+        """Stop downloading and let go of all shards; using the cache takes them up again, and goes on where it was."""
         with self._lock:
+            self._stop.set()
+            self._stop = threading.Event()
             for task in self._tasks.values():
                 task.cancel()
             self._tasks.clear()
             self._windows = (frozenset(), frozenset())
-            self._latest = None
             self._release()
             thread = self._thread
         if thread is not None:
             thread.join()
 
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("_store", "_shards", "_folder", "_limit_bytes", "_window", "_policy")
-        return {name: self.__dict__[name] for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def _folders(self) -> list[Path]:
+        return sorted({self._folder, *(self._path(shard).parent for shard in range(len(self._shards)))})
 
     def _path(self, shard: int) -> Path:
         return self._folder / self._shards[shard].file
@@ -168,14 +146,12 @@ class ShardCache:
         return self._folder / f"{self._shards[shard].file}.lock"
 
     def _is_wanted(self, shard: int) -> bool:
-        return shard == self._latest or any(shard in window for window in self._windows)
+        return any(shard in window for window in self._windows)
 
     def _release(self) -> None:
         """Let go of shards that are no longer wanted; the caller holds `_lock`."""
         for shard in [shard for shard in self._pins if not self._is_wanted(shard)]:
-            descriptor = self._pins.pop(shard)
-            _touch(descriptor)
-            os.close(descriptor)
+            _touch(self._pins.pop(shard))
 
     def _work(self) -> None:
         """Download what is queued, in a thread that ends when nothing is left."""
@@ -199,43 +175,46 @@ class ShardCache:
                 if task.running() or task.set_running_or_notify_cancel():
                     task.set_exception(_unusable(self._folder, error) if isinstance(error, OSError) else error)
 
-    def _obtain(self, shard: int) -> None:
-        """Have a shard on disk and in use; the caller holds its lock file."""
+    def _obtain(self, shard: int) -> ShardFile:
+        """Have a shard on disk and open it; the caller holds its lock file."""
         record = self._shards[shard]
         path = self._path(shard)
-        while not self._pin(shard):
+        stop = self._stop
+        while (file := self._pin(shard)) is None:
             self._make_room(shard)
-            fetch(self._store, record.file, path, size=record.bytes, sha256=record.sha256, policy=self._policy)
+            fetch(
+                self._store, record.file, path, size=record.bytes, sha256=record.sha256, policy=self._policy, stop=stop
+            )
+        return file
 
-    def _pin(self, shard: int) -> bool:
-        """Take a shard that is on disk into use, or return False."""
+    def _pin(self, shard: int) -> ShardFile | None:
+        """Open a shard that is on disk, and keep it open while it is in a window; return None if it is not whole."""
         with self._lock:
             if shard in self._pins:
-                return True
+                return self._pins[shard]
         try:
-            descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            file = ShardFile(os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
-            return False
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        status = os.fstat(descriptor)
+            return None
+        fcntl.flock(file.descriptor, fcntl.LOCK_SH)
+        status = os.fstat(file.descriptor)
         if status.st_nlink == 0 or status.st_size != self._shards[shard].bytes:  # removed before it was locked; damaged
-            os.close(descriptor)
-            return False
-        _touch(descriptor)
+            return None
+        _touch(file)
         with self._lock:
-            self._pins[shard] = descriptor
-            self._release()
-        return True
+            if self._is_wanted(shard):
+                self._pins[shard] = file
+        return file
 
     def _make_room(self, shard: int) -> None:
         """Remove the least recently used shards until this one fits, and reserve its place by its `.part`."""
         if self._limit_bytes is None:
             return
-        numbers = {record.file: number for number, record in enumerate(self._shards)}
+        numbers = {str(self._path(number)): number for number in range(len(self._shards))}
         with locked(self._folder / _SPACE_LOCK, needed=True):
             found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
-            for entry in os.scandir(self._folder):
-                number = numbers.get(entry.name.removesuffix(PART_SUFFIX), shard)
+            for entry in chain.from_iterable(map(os.scandir, self._folders())):
+                number = numbers.get(entry.path.removesuffix(PART_SUFFIX), shard)
                 if number == shard:
                     continue
                 try:
@@ -251,7 +230,7 @@ class ShardCache:
                     used -= self._shards[number].bytes
             if used > self._limit_bytes:
                 log.warning(
-                    "%s: %d bytes are in use at once, above the limit of %d; processes read different windows",
+                    "%s: %d bytes are in use at once, above the limit of %d",
                     self._folder,
                     used,
                     self._limit_bytes,
@@ -274,9 +253,9 @@ def _remove_unused(path: Path) -> bool:
         return held
 
 
-def _touch(descriptor: int) -> None:
+def _touch(file: ShardFile) -> None:
     """Note that a shard is used now; the kernel's own clock for files tells moments within milliseconds not apart."""
-    os.utime(descriptor, ns=(time.time_ns(),) * 2)
+    os.utime(file.descriptor, ns=(time.time_ns(),) * 2)
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -18,10 +18,9 @@ faster and lets the order of the data be a pure function of the position (see or
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ import numpy.typing as npt
 
 from stylepipe.datasets.decoding import decode_into
 from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
+from stylepipe.datasets.order import GlobalOrder, Order, WindowOrder
+from stylepipe.datasets.shard_files import LocalShards, Shards
 from stylepipe.errors import UserError
 
 INDEX_DTYPE_V1 = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
@@ -41,25 +42,27 @@ FOREIGN_TARS = (
     "prepare them first: stylepipe prepare"
 )
 
-_MAX_OPEN_SHARDS = 256  # file descriptors kept per process; the usual limit is 1024
-
 
 class ShardDataset:
-    """Random access to a prepared folder. Cheap to pickle; files are opened where they are read.
+    """Random access to a prepared folder; may be used by several threads.
+
+    Cheap to pickle; files are opened where they are read.
 
     Attributes:
         path: the folder.
         manifest: what it holds.
         levels: where its smaller levels are, if there are any.
+        shards: where its shards come from, those of its folder by default.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, levels: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, levels: Path | None = None, shards: Shards | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.levels = path / LEVELS_FOLDER if levels is None else levels
-        self._descriptors: OrderedDict[int, int] = OrderedDict()  # by shard, the least recently read first
+        self.shards: Shards = LocalShards(path, manifest.shards) if shards is None else shards
         self._index = _load_index(path, manifest)
-        self._has_crc = self._index.dtype == INDEX_DTYPE
         self._vectors = _load_vectors(path, manifest)
 
     @property
@@ -73,6 +76,11 @@ class ShardDataset:
         return self.manifest.resolution
 
     @property
+    def previewed(self) -> range:
+        """The images that a look at the data chooses from: all, where any can be read at any time."""
+        return range(len(self))
+
+    @property
     def c_dim(self) -> int:
         """Number of classes or length of the label vectors; 0 without labels."""
         return len(self.manifest.classes or ()) if self._vectors is None else int(self._vectors.shape[1])
@@ -84,8 +92,44 @@ class ShardDataset:
         """Decode images: [n, R, R, 3] uint8, NHWC. Raise UserError naming a sample that cannot be read."""
         images = np.empty((len(ids), self.resolution, self.resolution, 3), dtype=np.uint8)
         for image, sample in zip(images, ids, strict=True):
-            self._decode(int(sample), image)
+            self.read_into(int(sample), image)
         return images
+
+    def read_into(self, sample: int, out: npt.NDArray[np.uint8]) -> None:
+        """Decode one image into `out`, [R, R, 3] uint8, contiguous. Raise UserError naming it if it cannot be read."""
+        shard, size, offset, _, *crc = self._index[sample].item()
+        try:
+            data = self.shards.open(shard).read(size, offset)
+            if crc and zlib.crc32(data) != crc[0]:
+                raise ValueError("its bytes are not those that were stored")
+            decode_into(data, out)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # decoders raise many types on damaged data
+            from_system = isinstance(error, OSError) and error.errno is not None
+            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
+            file = self.path / self.manifest.shards[shard].file
+            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
+
+    def prefetch(self, ranges: Sequence[range]) -> None:
+        """Announce that the images of these ranges of ids will be read after those that were announced before."""
+        self.shards.prefetch(self.shards_of(ranges))
+
+    def order(self, window_shards: int, seed: int) -> Order:
+        """Return an order of the images: in windows of so many shards, or over all (0)."""
+        if window_shards == 0:
+            return GlobalOrder(len(self), seed)
+        return WindowOrder([record.samples for record in self.manifest.shards], window_shards, seed)
+
+    def ranges_of_shards(self) -> list[range]:
+        """Return the images of each shard, as ranges of ids."""
+        ends = accumulate(record.samples for record in self.manifest.shards)
+        return [range(end - record.samples, end) for record, end in zip(self.manifest.shards, ends, strict=True)]
+
+    def shards_of(self, ranges: Sequence[range]) -> list[int]:
+        """Return the shards that hold these ranges of ids, ascending."""
+        shards = self._index["shard"]
+        return sorted({shard for r in ranges for shard in range(shards[r.start], shards[r.stop - 1] + 1)})
 
     def labels(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return the label vectors, of classes one-hot: [n, c_dim] float32; [n, 0] without labels."""
@@ -126,11 +170,7 @@ class ShardDataset:
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
+        self.shards.close()
 
     def __getstate__(self) -> dict[str, Any]:
         # Index and labels are mapped again from the files in the other process, not sent through a pipe.
@@ -138,33 +178,6 @@ class ShardDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-    def _decode(self, sample: int, out: npt.NDArray[np.uint8]) -> None:
-        row = self._index[sample]
-        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-            if self._has_crc and zlib.crc32(data) != row["crc"]:
-                raise ValueError("its bytes are not those that were stored")
-            decode_into(data, out)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise many types on damaged data
-            from_system = isinstance(error, OSError) and error.errno is not None
-            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
-            file = self.path / self.manifest.shards[shard].file
-            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.popitem(last=False)[1])
-            descriptor = os.open(self.path / self.manifest.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
-            self._descriptors[shard] = descriptor
-        else:
-            self._descriptors.move_to_end(shard)
-        return descriptor
 
 
 def open_dataset(path: str | Path, resolution: int | None = None, levels: Path | None = None) -> ShardDataset:

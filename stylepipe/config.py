@@ -252,6 +252,11 @@ class Config:
     preset: str | None = None
     """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
     Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
+    data_window: int | None = None
+    """Shuffle within windows of this many shards, in another order of shards each epoch; 0: over all images at once.
+    Default: 16 for a location, of which training begins as soon as the first window is here, else 0."""
+    data_cache_gb: float | None = None
+    """Keep at most this much of a location's shards here, in GB. Default: all that have come."""
     on_bad: OnBad = "stop"
     """When an image of the data cannot be read: stop, or skip it: another one, drawn from its place, stands in."""
     init: str | None = None
@@ -301,7 +306,7 @@ class Config:
     precision: Precision = "auto"
     """Activations of the highest resolutions; auto is bf16 on GPUs that have it, else float32."""
     workers: int | None = None
-    """Processes that decode images, per device. Default: by the number of cores."""
+    """Threads that decode images, per device. Default: by the number of cores; none without a GPU."""
     dry_run: bool = False
     """Print the resolved settings, the networks, estimates of memory and time, and exit."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -398,6 +403,7 @@ def validate(config: Config) -> None:
         "--snapshot-kimg": config.snapshot_kimg,
         "--grid-kimg": config.grid_kimg,
         "--tick-kimg": config.tick_kimg,
+        "--data-cache-gb": config.data_cache_gb,
         "--diversity-kimg": config.diversity_kimg,
         "--divergence-updates": config.divergence_updates,
         "--network.z-dim": config.network.z_dim,
@@ -426,6 +432,7 @@ def validate(config: Config) -> None:
         "--freeze-d": config.freeze_d,
         "--keep-states": config.keep_states,
         "--workers": config.workers,
+        "--data-window": config.data_window,
         "--loss.r1-gamma": config.loss.r1_gamma,
         "--loss.r2-gamma": config.loss.r2_gamma,
         "--loss.gp-weight": config.loss.gp_weight,

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ from accelerate.utils import gather_object
 from stylepipe.cli.dry_run import dry_run
 from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
 from stylepipe.config import Config, filled, from_mapping
-from stylepipe.datasets.cache import dataset_for_training, label_dimensions, levels_for_training
-from stylepipe.datasets.remote import RemoteDataset, is_remote
+from stylepipe.datasets.cache import (
+    dataset_for_training,
+    label_dimensions,
+    levels_for_training,
+    windowed_for_training,
+)
+from stylepipe.datasets.remote import GB, RemoteDataset, is_remote
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
@@ -52,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 # Two images at a time at 1024 px: in float32 the presets' four take 16 GB, more than many a machine without a GPU has.
 CPU_BATCH_PIXELS = 2048
+
+DATA_WINDOW = 16  # shards: 4 GB as `prepare` makes them, thousands of images of 1024 px
 
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
 
@@ -188,11 +196,7 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
         raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
         return config, state, None, label_dimensions(config.data) if config.cond else 0
-    # Every process asks: the first on its machine prepares the data, the others wait for it.
-    lowest = filled(config.growth.start_res)
-    levels = None if config.dry_run or lowest == config.res else lowest
-    path = dataset_for_training(config.data, config.res, labels=config.cond, levels=levels)
-    dataset = open_dataset(path, config.res, None if levels is None else levels_for_training(path, levels))
+    dataset = open_data(config)
     check_labels(config, dataset.manifest.classes)
     if dataset.manifest.skipped and accelerator.is_main_process:
         left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
@@ -201,17 +205,30 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     return config, state, dataset, dataset.c_dim if config.cond else 0
 
 
+def open_data(config: Config) -> ShardDataset:
+    """Open the data; every process asks: the first on its machine prepares or copies it, the others wait for it."""
+    lowest = filled(config.growth.start_res)
+    levels = None if config.dry_run or lowest == config.res else lowest
+    window = filled(config.data_window)
+    if window and config.data is not None and is_remote(config.data):
+        limit = None if config.data_cache_gb is None else round(config.data_cache_gb * GB)
+        return windowed_for_training(config.data, config.res, window, limit, labels=config.cond, levels=levels)
+    path = dataset_for_training(config.data, config.res, labels=config.cond, levels=levels)
+    return open_dataset(path, config.res, None if levels is None else levels_for_training(path, levels))
+
+
 def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset, init: str | None) -> None:
     """See that all processes found the same beginning and the same data: machines may not share their disks."""
     if accelerator.num_processes == 1:
         return
     network = file_sha256(Path(init))[:12] if init is not None and state is None else None
-    found = (state.images_seen if state is not None else 0, len(dataset), dataset.name, network)
+    data = f"{dataset.name}, {len(dataset)} images, digest {dataset.manifest.digest[:12]}"
+    found = (state.images_seen if state is not None else 0, data, network)
     everywhere = gather_object([found])
     if len(set(everywhere)) > 1:
         raise UserError(
-            f"--out, --data and --init: the machines disagree on (images seen, images of the data, its name, digest of "
-            f"the network): {everywhere}; put all on a disk that all of them share, or copy them to each"
+            f"--out, --data and --init: the machines disagree on (images seen, data, digest of the network): "
+            f"{everywhere}; put all on a disk that all of them share, or copy them to each"
         )
 
 
@@ -250,6 +267,7 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
             f"{native.VARIABLE}=auto trains on the CPU"
         )
     config = resolve(config, accelerator.num_processes, max(1, CPU_BATCH_PIXELS // config.res) if on_cpu else None)
+    config = settle_data(config)
     if on_cpu:
         if config.precision == "fp16":
             raise UserError("--precision fp16: expected fp32, bf16 or auto on a CPU")
@@ -265,6 +283,17 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
     torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = True
     return with_precision(config, precision)
+
+
+def settle_data(config: Config) -> Config:
+    """Fill how the data is shuffled; raise UserError for an option that nothing would come of."""
+    remote = config.data is not None and is_remote(config.data)
+    if config.data_window is None:
+        config = replace(config, data_window=DATA_WINDOW if remote else 0)
+    if config.data_cache_gb is not None and not (remote and config.data_window):
+        reason = "--data-window 0 copies all of it" if remote else "--data is no location, so nothing is copied"
+        raise UserError(f"--data-cache-gb {config.data_cache_gb:g}: {reason}; leave it out")
+    return config
 
 
 def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Config:

@@ -81,7 +81,7 @@ class Engine:
             for optimizer in self.optimizers.values():
                 optimizer.reset()
         self._enter(stage)
-        images = batch.images.to(self.device, non_blocking=True)
+        images = batch.shown_on(self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
         for phase in self.recipe.phases:
             if stage.step % phase.interval == 0:

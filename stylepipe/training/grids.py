@@ -17,15 +17,16 @@ def real_images(
 ) -> NDArray[np.uint8]:
     """Return the first images of the data for a grid, [N, R, R, 3] uint8; with classes, each row's are of its class.
 
-    A class with fewer images than its rows have places leaves the rest black, and so does an image that cannot be read,
-    with `skip_bad`.
+    They are of `dataset.previewed`. A class with fewer of them than its rows have places leaves the rest black, and so
+    does an image that cannot be read, with `skip_bad`.
     """
     if not classes_of_rows:
-        return read_images(dataset, range(min(columns * rows, len(dataset))), skip_bad)
+        return read_images(dataset, dataset.previewed[: columns * rows], skip_bad)
     images = np.zeros((len(classes_of_rows), columns, dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
     for row, number in enumerate(classes_of_rows):
         first = columns * classes_of_rows[:row].count(number)
-        ids = dataset.of_class(number)[first : first + columns]
+        ids = dataset.of_class(number)
+        ids = ids[ids < dataset.previewed.stop][first : first + columns]
         images[row, : len(ids)] = read_images(dataset, ids, skip_bad)
     return images.reshape(-1, *images.shape[2:])
 

@@ -30,7 +30,7 @@ from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
 from stylepipe.training.progress import LOG_NAME, STATS_NAME
-from stylepipe.training.settings import config_mapping
+from stylepipe.training.settings import config_mapping, data_mapping
 from stylepipe.training.tracker import Tracker
 
 
@@ -156,6 +156,7 @@ class Snapshots:
             "healthy": self.engine.is_healthy(),
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
+            "data": data_mapping(self.dataset),
             "config": config_mapping(self.config),
             "origin": self.origin,
         }

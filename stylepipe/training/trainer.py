@@ -49,7 +49,7 @@ T = TypeVar("T")
 PROJECT = "stylepipe"
 ROLLBACK_FACTOR = 2.0  # of penalties, each time
 MAX_ROLLBACKS = 4
-MAX_WORKERS = 8  # decoding processes per GPU: more than one GPU's training asks for
+MAX_WORKERS = 8  # decoding threads per GPU: more than one GPU's training asks for
 
 
 class Trainer:
@@ -119,7 +119,7 @@ class Trainer:
         self._seconds, self._images = 0.0, 0
         self._bad: set[str] = set()  # what has been told of images that cannot be read
         settings = config_mapping(config)
-        self._changes = [] if state is None else changes_since(state, config)
+        self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
             with atomic_path(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -189,18 +189,18 @@ class Trainer:
     def _open_data(self) -> None:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
-        self._data: Iterator[Batch] = iter(())  # first the old one's processes end, and give their memory back
+        self._data: Iterator[Batch] = iter(())  # first the old one's threads end, and give their memory back
         reader = Reader(
             self.dataset.level(stage.resolution),
+            self.dataset.order(filled(self.config.data_window), self.config.seed),
             batch_size=stage.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            seed=self.config.seed,
             mirror=self.config.mirror,
             start=self.engine.images_seen,
             skip_bad=self.config.on_bad == "skip",
-            num_workers=self._workers(),
-            pin_memory=self.accelerator.device.type == "cuda",
+            workers=self._workers(),
+            device=self.accelerator.device,
         )
         self._data = iter(reader)
 
@@ -372,7 +372,7 @@ class Trainer:
         on_main_process(self.accelerator, save)
 
     def _workers(self) -> int:
-        """Return how many processes decode: none on a CPU, which they would take from the training."""
+        """Return how many threads decode: none on a CPU, which they would take from the training."""
         if self.config.workers is not None:
             return self.config.workers
         if self.accelerator.device.type == "cpu":

@@ -25,7 +25,7 @@ class DiversityWatch:
 
     def __init__(self, recipe: Recipe, dataset: ShardDataset, skip_bad: bool = False) -> None:
         self._recipe, self._dataset, self._skip_bad = recipe, dataset, skip_bad
-        self._count = min(SAMPLES, len(dataset))
+        self._ids = dataset.previewed[:SAMPLES]
         self._real: dict[int, Diversity] = {}
 
     def measure(self, stage: Stage) -> dict[str, float]:
@@ -34,11 +34,11 @@ class DiversityWatch:
         As shares of the data's at the stage's resolution: 1 is as diverse. Empty where the data has no two different
         images.
         """
-        if self._count < 2:
+        if len(self._ids) < 2:
             return {}
-        img = torch.cat([thumbnails(part).cpu() for part in self._recipe.watched(self._count, stage)])
+        img = torch.cat([thumbnails(part).cpu() for part in self._recipe.watched(len(self._ids), stage)])
         if (side := img.shape[2]) not in self._real:
-            images = read_images(self._dataset, range(self._count), self._skip_bad)
+            images = read_images(self._dataset, self._ids, self._skip_bad)
             img_of_data = thumbnails(torch.from_numpy(images))
             self._real[side] = diversity(avg_pool2d(img_of_data, img_of_data.shape[2] // side))
         real, fake = self._real[side], diversity(img)

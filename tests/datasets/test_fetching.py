@@ -53,7 +53,7 @@ def to(tmp_path: Path) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Give the seconds that were waited, none of them in truth."""
     seconds: list[float] = []
-    monkeypatch.setattr(fetching.time, "sleep", seconds.append)
+    monkeypatch.setattr(fetching, "_wait", lambda stop, wait_s: seconds.append(wait_s))
     return seconds
 
 

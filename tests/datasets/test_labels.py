@@ -18,6 +18,7 @@ from PIL import Image
 from stylepipe.datasets.cache import dataset_for_training, label_dimensions
 from stylepipe.datasets.labels import LABEL_FILE
 from stylepipe.datasets.manifest import Manifest
+from stylepipe.datasets.order import GlobalOrder
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.reader import Reader
@@ -72,7 +73,7 @@ def test_vectors_of_a_label_file(source: Path, in_stored_order: Callable[[list[A
     assert labels.dtype == np.float32
     assert (labels == np.array(in_stored_order(VECTORS), dtype=np.float32)[[3, 0, 0]]).all()
     assert dataset.labels([]).shape == (0, 2)
-    batch = next(iter(Reader(dataset, batch_size=4)))
+    batch = next(iter(Reader(dataset, GlobalOrder(len(dataset), 0), batch_size=4)))
     assert sorted(batch.labels[:, 1].tolist()) == sorted(np.float32([v[1] for v in VECTORS]).tolist())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -13,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from faulty_server import Fault, FaultyServer
 
-from stylepipe.datasets import shard_cache
+from stylepipe.datasets import shard_cache, store
 from stylepipe.datasets.fetching import RetryPolicy
 from stylepipe.datasets.manifest import FileRecord
 from stylepipe.datasets.shard_cache import ShardCache
@@ -46,10 +46,10 @@ def new(server: FaultyServer, tmp_path: Path) -> Iterator[Callable[..., ShardCac
     """Give what makes a cache, as each process of a node does, of a limit in shards."""
     made: list[ShardCache] = []
 
-    def new(limit: int | None = None, window: int = 1) -> ShardCache:
+    def new(limit: int | None = None) -> ShardCache:
         limit_bytes = None if limit is None else limit * SIZE
         store = open_store(server.url, stall_s=10)
-        cache = ShardCache(store, RECORDS, tmp_path / "cache", limit_bytes, window=window, policy=QUICK)
+        cache = ShardCache(store, RECORDS, tmp_path / "cache", limit_bytes, policy=QUICK)
         made.append(cache)
         return cache
 
@@ -57,6 +57,10 @@ def new(server: FaultyServer, tmp_path: Path) -> Iterator[Callable[..., ShardCac
     server.stopping.set()
     for cache in made:
         cache.close()
+
+
+def content(cache: ShardCache, shard: int) -> bytes:
+    return cache.open(shard).read(2 * SIZE, 0)
 
 
 def on_disk(folder: Path, suffix: str = ".tar") -> list[int]:
@@ -80,9 +84,8 @@ def test_a_shard_is_downloaded_when_it_is_asked_for(
 ) -> None:
     cache = new()
     assert server.requests == []
-    assert cache.path(3) == tmp_path / "cache" / "shard-00003.tar"
-    assert cache.path(3).read_bytes() == CONTENTS[3]
-    assert new().path(3).read_bytes() == CONTENTS[3], "a later process finds it"
+    assert content(cache, 3) == CONTENTS[3]
+    assert content(new(), 3) == CONTENTS[3], "a later process finds it"
     assert requested(server) == [3]
     assert on_disk(tmp_path / "cache") == [3]
     assert on_disk(tmp_path / "cache", ".part") == []
@@ -91,13 +94,13 @@ def test_a_shard_is_downloaded_when_it_is_asked_for(
 def test_a_shard_that_is_not_whole_is_replaced(new: Callable[..., ShardCache], tmp_path: Path) -> None:
     cache = new()
     (tmp_path / "cache" / "shard-00002.tar").write_bytes(CONTENTS[2][:-1])
-    assert cache.path(2).read_bytes() == CONTENTS[2]
+    assert content(cache, 2) == CONTENTS[2]
 
 
 def test_a_shard_that_is_removed_at_the_last_moment(
     new: Callable[..., ShardCache], server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new().path(2)
+    new().open(2)
     flock = shard_cache.fcntl.flock
     left = [tmp_path / "cache" / "shard-00002.tar"]
 
@@ -108,7 +111,7 @@ def test_a_shard_that_is_removed_at_the_last_moment(
 
     cache = new()
     monkeypatch.setattr(shard_cache.fcntl, "flock", removed_before)
-    assert cache.path(2).read_bytes() == CONTENTS[2]
+    assert content(cache, 2) == CONTENTS[2]
     assert requested(server) == [2, 2]
 
 
@@ -117,10 +120,10 @@ def test_a_window_comes_in_the_background(new: Callable[..., ShardCache], server
     cache.prefetch([4, 1, 6])
     wait_for(lambda: on_disk(tmp_path / "cache") == [1, 4, 6])
     for shard in (1, 4, 6):
-        assert cache.path(shard).read_bytes() == CONTENTS[shard]
+        assert content(cache, shard) == CONTENTS[shard]
     assert requested(server) == [4, 1, 6]
     cache.prefetch([1, 6, 2])
-    assert cache.path(2).read_bytes() == CONTENTS[2]
+    assert content(cache, 2) == CONTENTS[2]
     assert requested(server) == [4, 1, 6, 2]
 
 
@@ -132,7 +135,7 @@ def test_prefetching_does_not_wait(new: Callable[..., ShardCache], server: Fault
     assert time.monotonic() - began < 1
     wait_for(lambda: requested(server) == [0])
     # What is needed now overtakes what waits behind a slow one.
-    assert cache.path(1).read_bytes() == CONTENTS[1]
+    assert content(cache, 1) == CONTENTS[1]
     assert requested(server) == [0, 1]
 
 
@@ -141,7 +144,7 @@ def test_a_shard_under_way_is_waited_for(new: Callable[..., ShardCache], server:
     cache = new()
     cache.prefetch([0])
     wait_for(lambda: requested(server) == [0])
-    assert cache.path(0).read_bytes() == CONTENTS[0]
+    assert content(cache, 0) == CONTENTS[0]
     assert requested(server) == [0]
 
 
@@ -152,11 +155,11 @@ def test_errors_of_the_background_are_raised_where_the_shard_is_used(
     cache = new()
     cache.prefetch([5, 6])
     wait_for(lambda: on_disk(tmp_path / "cache") == [6])
-    assert cache.path(6).read_bytes() == CONTENTS[6]
+    assert content(cache, 6) == CONTENTS[6]
     with pytest.raises(RemoteError, match=r"shard-00005\.tar: HTTP 404"):
-        cache.path(5)
+        cache.open(5)
     assert requested(server) == [5, 6]
-    assert cache.path(5).read_bytes() == CONTENTS[5], "the next call tries again"
+    assert content(cache, 5) == CONTENTS[5], "the next call tries again"
 
 
 def test_a_shard_that_failed_is_prefetched_again(
@@ -167,7 +170,7 @@ def test_a_shard_that_failed_is_prefetched_again(
     cache.prefetch([5, 6])
     wait_for(lambda: on_disk(tmp_path / "cache") == [6])
     cache.prefetch([5])
-    assert cache.path(5).read_bytes() == CONTENTS[5]
+    assert content(cache, 5) == CONTENTS[5]
 
 
 def test_the_background_cannot_write(new: Callable[..., ShardCache], tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_the_background_cannot_write(new: Callable[..., ShardCache], tmp_path: P
     wait_for(lambda: cache._thread is None)
     for _ in range(2):
         with pytest.raises(UserError, match=r"cannot be used as a cache \(No such file or directory\)"):
-            cache.path(1)
+            cache.open(1)
 
 
 def test_windows_that_are_past_are_not_downloaded(new: Callable[..., ShardCache], server: FaultyServer) -> None:
@@ -187,7 +190,7 @@ def test_windows_that_are_past_are_not_downloaded(new: Callable[..., ShardCache]
     wait_for(lambda: requested(server) == [0])
     cache.prefetch([2])
     cache.prefetch([3])
-    assert cache.path(3).read_bytes() == CONTENTS[3]
+    assert content(cache, 3) == CONTENTS[3]
     wait_for(lambda: cache._thread is None)
     assert sorted(requested(server)) == [0, 2, 3]
 
@@ -197,11 +200,11 @@ def test_least_recently_used_shards_make_room(
 ) -> None:
     cache = new(limit=3)
     for shard in (0, 1, 2, 0, 3):
-        cache.path(shard)
+        cache.open(shard)
     assert on_disk(tmp_path / "cache") == [0, 2, 3]
-    cache.path(4)
+    cache.open(4)
     assert on_disk(tmp_path / "cache") == [0, 3, 4]
-    assert cache.path(1).read_bytes() == CONTENTS[1]
+    assert content(cache, 1) == CONTENTS[1]
     assert on_disk(tmp_path / "cache") == [1, 3, 4]
     assert requested(server) == [0, 1, 2, 3, 4, 1]
 
@@ -210,11 +213,11 @@ def test_a_window_is_used_until_it_is_past(new: Callable[..., ShardCache], tmp_p
     cache = new(limit=5)
     cache.prefetch([0])
     for shard in (0, 1, 2):
-        cache.path(shard)
+        cache.open(shard)
     cache.prefetch([3])
     cache.prefetch([4])  # now 0 is past, and 1 was before
     for shard in (3, 4, 5):
-        cache.path(shard)
+        cache.open(shard)
     assert on_disk(tmp_path / "cache") == [0, 2, 3, 4, 5]
 
 
@@ -227,29 +230,29 @@ def test_a_place_is_reserved_before_the_next_looks(
     cache = new(limit=2)
     monkeypatch.setattr(shard_cache, "fetch", fails)
     with pytest.raises(RemoteError, match=r"reserved: \[3\]"):
-        cache.path(3)
+        cache.open(3)
 
 
 def test_without_a_limit_all_stay(new: Callable[..., ShardCache], tmp_path: Path) -> None:
     cache = new()
     for shard in range(8):
-        cache.path(shard)
+        cache.open(shard)
     assert on_disk(tmp_path / "cache") == list(range(8))
 
 
 def test_windows_are_kept(new: Callable[..., ShardCache], server: FaultyServer, tmp_path: Path) -> None:
-    cache = new(limit=5, window=2)
+    cache = new(limit=5)
     cache.prefetch([0, 1])
     cache.prefetch([2, 3])
     wait_for(lambda: on_disk(tmp_path / "cache") == [0, 1, 2, 3])
     for shard in (2, 3, 0, 1):  # 2 and 3 are now the least recently used
-        cache.path(shard)
+        cache.open(shard)
     for other in (4, 5, 6, 7):
-        cache.path(other)
+        cache.open(other)
         assert on_disk(tmp_path / "cache") == [0, 1, 2, 3, other]
     cache.prefetch([4, 5])
     wait_for(lambda: cache._thread is None)
-    assert on_disk(tmp_path / "cache") == [2, 3, 4, 5, 7]
+    assert on_disk(tmp_path / "cache") == [1, 2, 3, 4, 5]  # 7 was used before the window of 0 and 1 was let go
 
 
 def test_another_processs_windows_are_kept(
@@ -258,32 +261,24 @@ def test_another_processs_windows_are_kept(
     cache, other = new(limit=2), new(limit=2)
     other.prefetch([0])
     other.prefetch([1])
-    other.path(0)
-    other.path(1)
+    other.open(0)
+    other.open(1)
     assert caplog.text == ""
-    cache.path(2)  # rather above the limit than waiting for a process that may wait for this one
+    cache.open(2)  # rather above the limit than waiting for a process that may wait for this one
     assert on_disk(tmp_path / "cache") == [0, 1, 2]
     assert "3000 bytes are in use at once, above the limit of 2000" in caplog.text
     other.close()
-    cache.path(3)
-    assert on_disk(tmp_path / "cache") == [2, 3]
-
-
-def test_a_limit_below_two_windows_is_refused(new: Callable[..., ShardCache], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"3,000 bytes does not hold two windows of 2 .* 4,000 bytes"):
-        new(limit=3, window=2)
-    assert not (tmp_path / "cache").exists()
-    new(limit=4, window=2)
-    new(limit=8, window=100)
+    cache.open(3)
+    assert on_disk(tmp_path / "cache") in ([0, 3], [1, 3]), "2 was used least recently"
 
 
 def test_left_over_parts_count_and_go(new: Callable[..., ShardCache], tmp_path: Path) -> None:
     cache = new(limit=2)
     for shard in (6, 7):
         (tmp_path / "cache" / f"shard-0000{shard}.tar.part").write_bytes(b"x")
-    cache.path(0)
+    cache.open(0)
     assert len(on_disk(tmp_path / "cache", ".part")) == 1
-    cache.path(1)
+    cache.open(1)
     assert on_disk(tmp_path / "cache", ".part") == []
     assert on_disk(tmp_path / "cache") == [0, 1]
 
@@ -294,7 +289,7 @@ def test_a_part_under_way_stays(new: Callable[..., ShardCache], server: FaultySe
     wait_for(lambda: requested(server) == [0])
     cache = new(limit=2)
     for shard in (1, 2, 3):
-        cache.path(shard)
+        cache.open(shard)
     assert on_disk(tmp_path / "cache", ".part") == [0]
     assert on_disk(tmp_path / "cache") == [3], "the place of what comes is reserved"
 
@@ -303,7 +298,7 @@ def test_a_part_that_becomes_whole_meanwhile_counts(
     new: Callable[..., ShardCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = new(limit=2)
-    cache.path(0)
+    cache.open(0)
     part = tmp_path / "cache" / "shard-00007.tar.part"
     part.write_bytes(CONTENTS[7])
     scandir = os.scandir
@@ -315,7 +310,7 @@ def test_a_part_that_becomes_whole_meanwhile_counts(
         return entries
 
     monkeypatch.setattr(shard_cache.os, "scandir", renamed_after)
-    assert cache.path(1).read_bytes() == CONTENTS[1]
+    assert content(cache, 1) == CONTENTS[1]
     monkeypatch.undo()
     assert on_disk(tmp_path / "cache") == [1, 7]
 
@@ -327,7 +322,7 @@ def test_what_another_process_downloads_is_left_to_it(new: Callable[..., ShardCa
     wait_for(lambda: requested(server) == [0])
     second.prefetch([0, 1])
     wait_for(lambda: requested(server) == [0, 1])
-    assert second.path(1).read_bytes() == CONTENTS[1]
+    assert content(second, 1) == CONTENTS[1]
 
 
 def test_what_is_past_is_not_waited_for(new: Callable[..., ShardCache], server: FaultyServer) -> None:
@@ -343,27 +338,55 @@ def test_what_is_past_is_not_waited_for(new: Callable[..., ShardCache], server: 
     wait_for(lambda: requested(server) == [0, 1, 2, 3])
 
 
-def test_a_cache_goes_to_other_processes(new: Callable[..., ShardCache], server: FaultyServer) -> None:
-    cache = new(limit=4, window=2)
-    cache.prefetch([0, 1])
-    cache.path(0)
-    copy: ShardCache = pickle.loads(pickle.dumps(cache))
-    assert copy.path(0).read_bytes() == CONTENTS[0]
-    copy.prefetch([2, 3])
-    assert copy.path(3).read_bytes() == CONTENTS[3]
-    copy.close()
-
-
 def test_it_can_be_closed(new: Callable[..., ShardCache], server: FaultyServer, tmp_path: Path) -> None:
     server.plan(RECORDS[0].file, Fault(delay_s=0.02))
-    cache = new(limit=8, window=4)
+    cache = new(limit=8)
     cache.prefetch([0, 1, 2])
     wait_for(lambda: requested(server) == [0])
     cache.close()
     assert on_disk(tmp_path / "cache") == [0]
     assert not [thread for thread in threading.enumerate() if thread.name == "shard prefetch"]
     assert not cache._pins
-    assert cache.path(1).read_bytes() == CONTENTS[1]
+    assert content(cache, 1) == CONTENTS[1]
+
+
+def test_what_is_open_stays(new: Callable[..., ShardCache], tmp_path: Path) -> None:
+    cache = new(limit=2)
+    file = cache.open(0)
+    for shard in (1, 2, 3):
+        cache.open(shard)
+    assert on_disk(tmp_path / "cache") == [0, 3]
+    del file
+    cache.open(4)
+    assert on_disk(tmp_path / "cache") == [3, 4]
+
+
+def test_threads_download_each_shard_once(new: Callable[..., ShardCache], server: FaultyServer) -> None:
+    cache = new()
+    cache.prefetch(range(4))
+    with ThreadPoolExecutor(8) as pool:
+        contents = list(pool.map(lambda shard: content(cache, shard), [*range(8), *reversed(range(8)), *range(8)]))
+    assert contents == [*CONTENTS, *reversed(CONTENTS), *CONTENTS]
+    assert sorted(requested(server)) == list(range(8))
+
+
+def test_closing_ends_downloads_that_threads_wait_for(
+    new: Callable[..., ShardCache], server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "RANGE_BYTES", 10)
+    server.always[RECORDS[0].file] = server.always[RECORDS[1].file] = Fault(delay_s=0.01)  # 0.1 s a piece, 10 s in all
+    cache = new()
+    cache.prefetch([1])
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cache.open, 0)
+        wait_for(lambda: {0, 1} <= set(requested(server)))
+        cache.close()
+        with pytest.raises(RemoteError, match=r"shard-00000\.tar: stopped"):
+            waiting.result()
+    assert len(server.requests) < 50
+    assert on_disk(tmp_path / "cache", ".part") == [0, 1], "the next download goes on from there"
+    server.always.clear()
+    assert content(cache, 0) == CONTENTS[0]
 
 
 def test_a_folder_that_cannot_be_used(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,7 +412,7 @@ from stylepipe.datasets.shard_cache import ShardCache
 from stylepipe.datasets.store import open_store
 url, folder, limit, records = sys.argv[1:]
 records = [FileRecord(*record) for record in json.loads(records)]
-cache = ShardCache(open_store(url, stall_s=10), records, Path(folder), int(limit) or None, window=2)
+cache = ShardCache(open_store(url, stall_s=10), records, Path(folder), int(limit) or None)
 print("ready", flush=True)
 sys.stdin.readline()
 windows = [[a, a + 1] for a in range(0, len(records), 2)]
@@ -397,7 +420,7 @@ cache.prefetch(windows[0])
 for window, following in zip(windows, [*windows[1:], []]):
     cache.prefetch(following)
     for shard in window:
-        assert cache.path(shard).read_bytes() == bytes([shard]) * records[shard].bytes, shard
+        assert cache.open(shard).read(10**6, 0) == bytes([shard]) * records[shard].bytes, shard
 print("read", flush=True)
 """
 

@@ -8,17 +8,19 @@ import pickle
 import shutil
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
 
-from stylepipe.datasets import shards
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
+from stylepipe.datasets.shard_files import LocalShards
 from stylepipe.datasets.shards import ShardDataset, file_sha256, load_manifest, open_dataset
 from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
@@ -81,13 +83,33 @@ def test_pickling_does_not_carry_the_index(dataset: ShardDataset) -> None:
     assert (copy.read([3, 22]) == dataset.read([3, 22])).all()
 
 
-def test_few_files_are_kept_open(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def open_tars(folder: Path) -> int:
+    return sum(file.path.startswith(f"{folder}/shard-") for file in psutil.Process().open_files())
+
+
+def test_few_files_are_kept_open(prepared: Path, dataset: ShardDataset) -> None:
     images = dataset.read(range(23))
-    monkeypatch.setattr(shards, "_MAX_OPEN_SHARDS", 2)
     dataset.close()
+    assert open_tars(prepared) == 0
+    shards = LocalShards(prepared, dataset.manifest.shards, limit=2)
+    few = ShardDataset(prepared, dataset.manifest, shards=shards)
     ids = np.random.default_rng(0).integers(0, 23, 50)
-    assert (dataset.read(ids) == images[ids]).all()
-    assert len(dataset._descriptors) == 2
+    assert (few.read(ids) == images[ids]).all()
+    assert open_tars(prepared) == 2
+    held = [shards.open(shard) for shard in range(4)]
+    assert [file.read(5, 257) for file in held] == [b"ustar"] * 4, "what is in use is not closed"
+    assert open_tars(prepared) == 4
+    del held, few, shards
+    assert open_tars(prepared) == 0
+
+
+def test_threads_read_side_by_side(prepared: Path, dataset: ShardDataset) -> None:
+    images = dataset.read(range(23))
+    few = ShardDataset(prepared, dataset.manifest, shards=LocalShards(prepared, dataset.manifest.shards, limit=1))
+    ids = np.random.default_rng(0).integers(0, 23, (8, 200))
+    with ThreadPoolExecutor(8) as pool:
+        for read, wanted in zip(pool.map(few.read, ids), ids, strict=True):
+            assert (read == images[wanted]).all()
 
 
 def test_a_manifest_survives_json(prepared: Path) -> None:

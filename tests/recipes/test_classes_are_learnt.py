@@ -8,6 +8,7 @@ import torch
 
 from stylepipe.config import Config, EMAConfig, LossConfig, NetworkConfig
 from stylepipe.datasets.drawn import draw_face
+from stylepipe.datasets.order import GlobalOrder
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.datasets.reader import Reader
@@ -53,7 +54,7 @@ def test_generated_classes_have_the_backdrops_of_theirs(faces: ShardDataset, con
     config = with_precision(resolve(config, 1), "fp32")
     recipe = GANRecipe(config, torch.device("cpu"), 2, lambda ids: torch.from_numpy(faces.labels(ids)), len(faces))
     engine = Engine(recipe, optim=config.optim, ema=config.ema)
-    for batch in Reader(faces, batch_size=32, mirror=True):
+    for batch in Reader(faces, GlobalOrder(len(faces), 0), batch_size=32, mirror=True):
         engine.step(batch)
         if engine.images_seen >= 2000:
             break
