@@ -131,7 +131,8 @@ def test_labels_and_order_are_those_of_the_full_images(out: Path) -> None:
 
 def test_a_reader_of_a_level_gives_the_same_order_smaller(out: Path) -> None:
     full = open_dataset(out)
-    batches = [next(iter(Reader(d, batch_size=8, seed=3, mirror=True, start=16))) for d in (full, full.level(8))]
+    order = full.order(0, seed=3)
+    batches = [next(iter(Reader(d, order, batch_size=8, mirror=True, start=16))) for d in (full, full.level(8))]
     assert (batches[1].positions == batches[0].positions).all()
     assert (batches[1].labels == batches[0].labels).all()
     assert (batches[1].images.numpy() == reference(batches[0].images.numpy(), 8)).all()

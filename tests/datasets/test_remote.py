@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stylepipe.cli.main import main
-from stylepipe.datasets.cache import dataset_for_training, levels_for_training
+from stylepipe.datasets.cache import dataset_for_training, levels_for_training, windowed_for_training
+from stylepipe.datasets.order import Order
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
+from stylepipe.datasets.reader import Batch, Reader
 from stylepipe.datasets.remote import RemoteDataset, is_remote
-from stylepipe.datasets.shards import open_dataset
+from stylepipe.datasets.shards import ShardDataset, file_sha256, open_dataset
 from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
+from stylepipe.training.grids import real_images
 
 faulty_server = pytest.importorskip("faulty_server")
 pytest.importorskip("aiohttp")
@@ -136,3 +143,206 @@ def test_several_processes_download_once(served: Path, tmp_path: Path) -> None:
     assert len(paths) == 1
     files = len(list(open_dataset(served).manifest.files()))
     assert (tmp_path / "count").read_text().count("x") == files + 3, "each reads the manifest, one the rest"
+
+
+# In windows
+
+
+@pytest.fixture
+def shards(photos: Path, tmp_path: Path) -> Path:
+    """Give the folder of a dataset with labels and levels, in at least eight shards."""
+    how = Preparation(16, labels=True, levels=True, shard_mb=4096 / 2**20)
+    manifest = prepare(photos, tmp_path / "shards", how, workers=1, progress=False)
+    assert len(manifest.shards) >= 8
+    return tmp_path / "shards"
+
+
+def largest_window(folder: Path, window: int) -> int:
+    return sum(sorted((record.bytes for record in open_dataset(folder).manifest.shards), reverse=True)[:window])
+
+
+def take(dataset: ShardDataset, images: Order, count: int, **options: Any) -> list[Batch]:
+    return list(islice(Reader(dataset, images, batch_size=4, mirror=True, **options), count))
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(p.images, q.images) and torch.equal(p.labels, q.labels) and torch.equal(p.positions, q.positions)
+        for p, q in zip(a, b, strict=True)
+    )
+
+
+def tars(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.tar")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_give_the_batches_of_a_local_copy(shards: Path, workers: int) -> None:
+    local = open_dataset(shards)
+    images = local.order(2, seed=3)
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 2, labels=True, levels=4)
+        assert not any(file.endswith(".tar") for file in map(file_of, server.requests)), "nothing is copied yet"
+        assert same(take(remote, images, 12, workers=workers), take(local, images, 12))
+        assert tars(remote.path) == {record.file for record in local.manifest.shards}
+        eight = take(remote.level(8), images, 12, workers=workers)
+        assert same(eight, take(local.level(8), images, 12))
+        asked = [file for file in map(file_of, server.requests) if file.endswith(".tar")]
+        again = windowed_for_training(server.url, 16, 2, labels=True, levels=4)
+        assert same(take(again, images, 3), take(local, images, 3))
+        assert [file for file in map(file_of, server.requests) if file.endswith(".tar")] == asked, "all of it is here"
+    assert len(asked) == len(set(asked)), "each was downloaded once"
+
+
+def file_of(request: Any) -> str:
+    return str(request.path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_disk_smaller_than_the_data(shards: Path, workers: int) -> None:
+    local = open_dataset(shards)
+    limit = 2 * largest_window(shards, 2)
+    images = local.order(2, seed=3)
+    sizes = {record.file: record.bytes for record in local.manifest.shards}
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 2, limit)
+        reader = Reader(remote, images, batch_size=2, workers=workers)
+        for batch, expected in islice(zip(reader, Reader(local, images, batch_size=2), strict=True), 30):
+            assert torch.equal(batch.images, expected.images)
+            there = sum(sizes.get(path.name, 0) for path in remote.path.iterdir())
+            assert there <= limit, f"{there:,} bytes"
+    assert limit < sum(sizes.values())
+
+
+def test_training_begins_with_the_first_window_and_the_next_comes_meanwhile(shards: Path) -> None:
+    local = open_dataset(shards)
+    images = local.order(2, seed=3)
+    first, second, third = ({f"shard-{s:05d}.tar" for s in local.shards_of(images.ranges(w))} for w in range(3))
+    with serving(shards) as server:
+        for file in second:
+            server.always[file] = faulty_server.Fault(delay_s=0.05)  # half a second each
+        remote = windowed_for_training(server.url, 16, 2)
+        batches = iter(Reader(remote, images, batch_size=1))
+        next(batches)
+        assert tars(remote.path) == first
+        wait_for(lambda: tars(remote.path) == first | second)
+        for _ in range(sum(map(len, images.ranges(0))) - 1):
+            next(batches)
+        assert tars(remote.path) == first | second, "two windows at a time"
+        next(batches)
+        wait_for(lambda: tars(remote.path) == first | second | third)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_shard_that_cannot_be_had_stops_with_its_address_even_if_bad_images_are_skipped(shards: Path) -> None:
+    with serving(shards) as server:
+        server.always["shard-00003.tar"] = faulty_server.Fault(status=404)
+        for workers in (0, 2):
+            remote = windowed_for_training(server.url, 16, 2)
+            with pytest.raises(UserError, match=r"/data/shard-00003\.tar: HTTP 404 Not Found; check the location"):
+                take(remote, remote.order(2, 0), 12, skip_bad=True, workers=workers)
+
+
+def test_an_image_that_cannot_be_read_is_replaced_from_its_window(shards: Path) -> None:
+    local = open_dataset(shards)
+    row = local._index[9]
+    tar = shards / local.manifest.shards[int(row["shard"])].file
+    data = bytearray(tar.read_bytes())
+    data[int(row["offset"]) + 40] ^= 1
+    tar.write_bytes(data)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["shards"][int(row["shard"])]["sha256"] = file_sha256(tar)  # as if it was damaged before it was hashed
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 4)
+        images = remote.order(4, 0)
+        batches = take(remote, images, 6, skip_bad=True)
+    assert "sample 00000009 cannot be read" in next(text for batch in batches for text in batch.bad)
+    local = open_dataset(shards)
+    assert same(batches, take(local, images, 6, skip_bad=True))
+
+
+def test_a_limit_below_two_windows_is_refused(shards: Path) -> None:
+    with serving(shards) as server, pytest.raises(UserError, match=r"--data-cache-gb 1e-06: two windows of 2 shards"):
+        windowed_for_training(server.url, 16, 2, 1000)
+
+
+def test_levels_that_are_not_there_are_told(photos: Path, tmp_path: Path) -> None:
+    prepare(photos, tmp_path / "flat", Preparation(16), workers=1, progress=False)
+    with serving(tmp_path / "flat") as server:
+        remote = windowed_for_training(server.url, 16, 1, levels=8)
+        with pytest.raises(UserError, match=r"no images of 8 px .*again with --levels, or .*--data-window 0"):
+            remote.level(8)
+
+
+def test_the_grid_of_real_images_costs_one_shard(shards: Path) -> None:
+    local = open_dataset(shards)
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 2, labels=True)
+        count = local.manifest.shards[0].samples
+        assert (real_images(remote, 15, 8, []) == local.read(range(count))).all()
+        rows = real_images(remote, 4, 2, [0, 1]).reshape(2, 4, 16, 16, 3)
+        for number in (0, 1):
+            ids = [i for i in range(count) if local.label(i) == number][:4]
+            assert (rows[number, : len(ids)] == local.read(ids)).all()
+            assert not rows[number, len(ids) :].any()
+        assert tars(remote.path) == {"shard-00000.tar"}
+
+
+def test_a_run_on_windows_resumes_to_the_bit_and_grows(shards: Path, tmp_path: Path) -> None:
+    small = ["--res", "16", "--batch-size", "8", "--tracker", "none", "--augment", "none", "--preset", "progan"]
+    small += ["--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16"]
+    small += ["--growth.start-res", "8", "--growth.stable-kimg", "0.024", "--growth.fade-kimg", "0.024"]
+    small += ["--growth.batch-sizes", "4:8", "--data-window", "2", "--seed", "1"]
+    with serving(shards) as server:
+        common = ["train", *small, "--data", server.url, "--data-cache-gb", "0.001"]
+        assert main([*common, "--kimg", "0.096", "--out", str(tmp_path / "straight")]) == 0
+        for kimg in ("0.04", "0.096"):
+            assert main([*common, "--kimg", kimg, "--out", str(tmp_path / "resumed")]) == 0
+    local = ["train", *small, "--data", str(shards), "--kimg", "0.096", "--out", str(tmp_path / "local")]
+    assert main(local) == 0
+    hashes = {file_sha256(tmp_path / run / "state-000000.096" / "state.safetensors") for run in RUNS}
+    assert len(hashes) == 1
+    state = json.loads((tmp_path / "local" / "state-000000.096" / "state.json").read_text())
+    assert state["info"]["data"]["digest"] == open_dataset(shards).manifest.digest
+
+
+RUNS = ("straight", "resumed", "local")
+
+
+def test_data_that_was_replaced_is_told(
+    shards: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--res", "16", "--batch-size", "8", "--tracker", "none", "--augment", "none"]
+    small += ["--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16"]
+    common = ["train", *small, "--out", str(tmp_path / "run")]
+    assert main([*common, "--data", str(shards), "--kimg", "0.008"]) == 0
+    (photos / "cats" / "000.png").unlink()
+    prepare(photos, tmp_path / "other", Preparation(16, labels=True), workers=1, progress=False)
+    capsys.readouterr()
+    assert main([*common, "--data", str(tmp_path / "other"), "--kimg", "0.016"]) == 0
+    told = capsys.readouterr().out
+    assert "changed since the state was saved: data.images 23 -> 22" in told
+    assert "changed since the state was saved: data.digest" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data-cache-gb", "1"], "--data-cache-gb 1: --data is no location, so nothing is copied; leave it out"),
+        (["--data-cache-gb", "0"], "--data-cache-gb 0.0: expected a finite number above 0"),
+        (["--data", "pipe:cat x", "--data-window", "0", "--data-cache-gb", "1"], "--data-window 0 copies all of it"),
+        (["--data-window", "-1"], "--data-window -1: expected a finite number, 0 or more"),
+    ],
+)
+def test_options_that_nothing_comes_of_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--res", "16", *options]) == 2
+    assert message in capsys.readouterr().err
