@@ -35,20 +35,37 @@ def decode_into(data: bytes, out: npt.NDArray[np.uint8]) -> None:
         out[...] = _ppm_pixels(data, len(out))
     elif simplejpeg is not None and data.startswith(_JPEG):
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height, out)
+        _check_size(width, height, len(out))
         simplejpeg.decode_jpeg(data, "RGB", buffer=out)
     elif spng_decode is not None and data.startswith(_PNG) and data[_PNG_OF_RGB[0]] == _PNG_OF_RGB[1]:
-        _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), out)
+        _check_size(int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"), len(out))
         spng_decode(data, out=out)
     else:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            _check_size(image.width, image.height, out)
+            _check_size(*image.size, len(out))
             out[...] = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _check_size(width: int, height: int, out: npt.NDArray[np.uint8]) -> None:
+def check_header(data: bytes, resolution: int) -> None:
+    """See by its header whether a file is an image of this resolution; raise any exception where it is not."""
+    if data.startswith(_PPM):
+        _ppm_pixels(data, resolution)
+        return
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        _check_size(*image.size, resolution)
+
+
+def decoders() -> dict[str, str]:
+    """Return the library that decodes each kind of file."""
+    return {
+        "JPEG": "Pillow" if simplejpeg is None else "simplejpeg",
+        "PNG": "Pillow" if spng_decode is None else "imagecodecs",
+    }
+
+
+def _check_size(width: int, height: int, resolution: int) -> None:
     """Refuse another size before anything of that size is allocated."""
-    if (height, width) != out.shape[:2]:
+    if (width, height) != (resolution, resolution):
         raise ValueError(f"it is {width}x{height} pixels")
 
 

@@ -107,6 +107,8 @@ class RemoteDataset:
         """
         whole = ShardDataset(folder, load_manifest(folder))
         levels = [_level_of(whole, resolution) for resolution in stored_levels(whole.levels)]
+        for dataset in (whole, *levels):
+            dataset.check_index()
         shards, parts = list(whole.manifest.shards), {whole.resolution: 0}
         for level in levels:
             parts[level.resolution] = len(shards)

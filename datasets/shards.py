@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stylepipe.datasets.decoding import decode_into
+from stylepipe.datasets.decoding import check_header, decode_into
 from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.datasets.order import GlobalOrder, Order, WindowOrder
 from stylepipe.datasets.shard_files import LocalShards, Shards
@@ -41,6 +41,8 @@ FOREIGN_TARS = (
     f"holds tar files but no {MANIFEST_FILE}, so they were not made by `stylepipe prepare`; "
     "prepare them first: stylepipe prepare"
 )
+
+_HEADERS_CHECKED = 64
 
 
 class ShardDataset:
@@ -97,19 +99,7 @@ class ShardDataset:
 
     def read_into(self, sample: int, out: npt.NDArray[np.uint8]) -> None:
         """Decode one image into `out`, [R, R, 3] uint8, contiguous. Raise UserError naming it if it cannot be read."""
-        shard, size, offset, _, *crc = self._index[sample].item()
-        try:
-            data = self.shards.open(shard).read(size, offset)
-            if crc and zlib.crc32(data) != crc[0]:
-                raise ValueError("its bytes are not those that were stored")
-            decode_into(data, out)
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # decoders raise many types on damaged data
-            from_system = isinstance(error, OSError) and error.errno is not None
-            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
-            file = self.path / self.manifest.shards[shard].file
-            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
+        self._load(sample, lambda data: decode_into(data, out))
 
     def prefetch(self, ranges: Sequence[range]) -> None:
         """Announce that the images of these ranges of ids will be read after those that were announced before."""
@@ -168,9 +158,45 @@ class ShardDataset:
             raise UserError(f"{folder}: holds no level of the images in {self.path}; {_remove_levels(self.levels)}")
         return level
 
+    def check_index(self) -> None:
+        """See that the index places every image inside of its shard; raise UserError."""
+        bounds = np.cumsum([0, *(record.samples for record in self.manifest.shards)])
+        if bounds[-1] != len(self):
+            raise _damaged(self.path, self.manifest, f"{MANIFEST_FILE} counts {len(self):,} images and others by shard")
+        for shard, record in enumerate(self.manifest.shards):
+            rows = self._index[bounds[shard] : bounds[shard + 1]]
+            inside = (rows["shard"] == shard) & (rows["offset"] + rows["size"] <= record.bytes)
+            if not inside.all():
+                sample = bounds[shard] + int(np.argmin(inside))
+                raise _damaged(
+                    self.path, self.manifest, f"{INDEX_FILE} places sample {sample:08d} outside of its shard"
+                )
+
+    def check_headers(self) -> None:
+        """See that the first images of up to 64 shards are what the manifest says; raise UserError naming one."""
+        firsts = [ids.start for ids in self.ranges_of_shards()]
+        for sample in firsts[:: -(-len(firsts) // _HEADERS_CHECKED)]:
+            self._load(sample, lambda data: check_header(data, self.resolution))
+
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
         self.shards.close()
+
+    def _load(self, sample: int, use: Callable[[bytes], None]) -> None:
+        """Pass the bytes of an image on; raise UserError naming it if it cannot be read or used."""
+        shard, size, offset, _, *crc = self._index[sample].item()
+        try:
+            data = self.shards.open(shard).read(size, offset)
+            if crc and zlib.crc32(data) != crc[0]:
+                raise ValueError("its bytes are not those that were stored")
+            use(data)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # decoders raise many types on damaged data
+            from_system = isinstance(error, OSError) and error.errno is not None
+            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
+            file = self.path / self.manifest.shards[shard].file
+            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Index and labels are mapped again from the files in the other process, not sent through a pipe.
@@ -181,7 +207,7 @@ class ShardDataset:
 
 
 def open_dataset(path: str | Path, resolution: int | None = None, levels: Path | None = None) -> ShardDataset:
-    """Open a prepared folder after cheap checks: the manifest, the size of every file, the index.
+    """Open a prepared folder after cheap checks: the manifest, the size of every file, what the index says of them.
 
     `levels` is where its smaller levels are, if not in the folder itself: see `levels_for_training`.
 
@@ -201,7 +227,9 @@ def open_dataset(path: str | Path, resolution: int | None = None, levels: Path |
             raise _damaged(path, manifest, f"{record.file} is missing or unreadable ({error.strerror})") from error
         if size != record.bytes:
             raise _damaged(path, manifest, f"{record.file} has {size:,} bytes instead of {record.bytes:,}")
-    return ShardDataset(path, manifest, levels)
+    dataset = ShardDataset(path, manifest, levels)
+    dataset.check_index()
+    return dataset
 
 
 def level_folder(levels: Path, resolution: int) -> Path:

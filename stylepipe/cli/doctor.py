@@ -77,6 +77,7 @@ def find() -> Iterator[Finding]:
         **{test.name: partial(doctor_ops.op, test, device) for test in doctor_ops.SELF_TESTS},
         "ninja": doctor_machine.ninja,
         "accelerate": partial(doctor_machine.accelerate, gpus.count),
+        "decoders": doctor_machine.decoders,
         "/dev/shm": partial(doctor_machine.shared_memory, gpus.count),
         "cores": partial(doctor_machine.cores, gpus.count),
         "memory": doctor_machine.memory,

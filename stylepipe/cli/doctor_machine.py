@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from stylepipe.cli.finding import Finding
+from stylepipe.datasets import decoding
 from stylepipe.datasets.cache import CACHE_VARIABLE
 from stylepipe.datasets.cache import cache_folder as data_folder
 from stylepipe.datasets.processes import available_cpus
@@ -25,13 +26,12 @@ from stylepipe.kernels import native
 from stylepipe.kernels.cache import FOLDER_VARIABLE
 from stylepipe.kernels.nvrtc import LIBRARY_VARIABLE
 from stylepipe.training.memory import GIB, free_memory
-from stylepipe.training.trainer import MAX_WORKERS
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP = Path("/sys/fs/cgroup")
 
-BYTES_PER_WORKER = 2 * 32 * 3 * 1024**2
-"""What a data worker holds in shared memory at 1024 px: two batches of 32; several GPUs share a batch."""
+SHARED_MEMORY_WANTED = 1 * GIB
+"""What NVIDIA tells containers with several GPUs to have, for NCCL."""
 MEMORY_WANTED = 4 * GIB
 DISK_NEEDED = 1 * GIB  # a state of a 1024 px model
 DISK_WANTED = 20 * GIB  # three of them, network files, grids, and some room
@@ -109,18 +109,26 @@ def accelerate(gpus: int, path: Path | None = None) -> Finding:
 
 
 def shared_memory(gpus: int, folder: Path = SHARED_MEMORY) -> Finding:
-    """See whether the data workers can hand over batches; on a CPU there are none by default."""
+    """See whether NCCL has room: it passes gradients through here between GPUs without a direct path."""
     if not folder.is_dir():
         return Finding("/dev/shm", "ok", "none on this system")
     status = os.statvfs(folder)
     free, total = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     text = f"{_size(free)} free of {_size(total)}"
-    wanted = BYTES_PER_WORKER * max(1, min(MAX_WORKERS, available_cpus() // max(gpus, 1) - 1))
-    if free >= wanted:
+    if gpus < 2 or free >= SHARED_MEMORY_WANTED:
         return Finding("/dev/shm", "ok", text)
-    text += f"; data workers take up to {_size(wanted)} at 1024 px"
-    remedy = "start the container with more (docker run --shm-size=8g); --workers 0 needs none"
-    return Finding("/dev/shm", "problem" if gpus else "note", text, remedy)
+    text += f"; NCCL may need up to {_size(SHARED_MEMORY_WANTED)} between GPUs"
+    return Finding("/dev/shm", "problem", text, "start the container with more (docker run --shm-size=1g)")
+
+
+def decoders() -> Finding:
+    """See which libraries decode the images of the data."""
+    found = decoding.decoders()
+    text = ", ".join(f"{kind} by {name}" for kind, name in found.items())
+    if "Pillow" in found.values():
+        text += "; there are faster ones"
+        return Finding("decoders", "note", text, "pip install 'stylepipe[fast]'")
+    return Finding("decoders", "ok", text)
 
 
 def cores(gpus: int, cgroup: Path = CGROUP) -> Finding:

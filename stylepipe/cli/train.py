@@ -214,7 +214,10 @@ def open_data(config: Config) -> ShardDataset:
         limit = None if config.data_cache_gb is None else round(config.data_cache_gb * GB)
         return windowed_for_training(config.data, config.res, window, limit, labels=config.cond, levels=levels)
     path = dataset_for_training(config.data, config.res, labels=config.cond, levels=levels)
-    return open_dataset(path, config.res, None if levels is None else levels_for_training(path, levels))
+    dataset = open_dataset(path, config.res, None if levels is None else levels_for_training(path, levels))
+    if config.on_bad == "stop":
+        dataset.check_headers()
+    return dataset
 
 
 def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset, init: str | None) -> None:

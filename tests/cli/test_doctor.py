@@ -18,6 +18,7 @@ import torch
 from stylepipe.cli import doctor, doctor_machine
 from stylepipe.cli.finding import Finding, examine
 from stylepipe.cli.main import main
+from stylepipe.datasets import decoding
 from stylepipe.training.memory import GIB
 
 NAMES = [
@@ -33,7 +34,19 @@ NAMES = [
     "bias_act",
     "upfirdn2d",
 ]
-NAMES += ["styled_act", "act_fir", "ninja", "accelerate", "/dev/shm", "cores", "memory", "disk", "W&B", "variables"]
+NAMES += [
+    "styled_act",
+    "act_fir",
+    "ninja",
+    "accelerate",
+    "decoders",
+    "/dev/shm",
+    "cores",
+    "memory",
+    "disk",
+    "W&B",
+    "variables",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -210,17 +223,25 @@ def filesystem(monkeypatch: pytest.MonkeyPatch, free: float, total: float) -> No
 
 def test_shared_memory_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     filesystem(monkeypatch, 64 * 2**20, 64 * 2**20)
-    monkeypatch.setattr(doctor_machine, "available_cpus", lambda: 16)
-    assert doctor_machine.shared_memory(0, tmp_path).state == "note"
-    finding = doctor_machine.shared_memory(1, tmp_path)
-    assert (finding.state, finding.text[:42]) == ("problem", "64 MiB free of 64 MiB; data workers take u")
-    assert "1.5 GiB at 1024 px" in finding.text  # 8 workers of 2 batches of 32
+    for gpus in (0, 1):
+        assert doctor_machine.shared_memory(gpus, tmp_path) == Finding("/dev/shm", "ok", "64 MiB free of 64 MiB")
+    finding = doctor_machine.shared_memory(2, tmp_path)
+    assert finding.state == "problem"
+    assert finding.text == "64 MiB free of 64 MiB; NCCL may need up to 1.0 GiB between GPUs"
     assert "--shm-size" in finding.remedy
-    monkeypatch.setattr(doctor_machine, "available_cpus", lambda: 2)
-    assert "192 MiB at 1024 px" in doctor_machine.shared_memory(1, tmp_path).text  # one worker
-    filesystem(monkeypatch, 192 * 2**20, 2 * GIB)
-    assert doctor_machine.shared_memory(1, tmp_path) == Finding("/dev/shm", "ok", "192 MiB free of 2.0 GiB")
+    filesystem(monkeypatch, 1 * GIB, 2 * GIB)
+    assert doctor_machine.shared_memory(2, tmp_path).state == "ok"
     assert doctor_machine.shared_memory(1, tmp_path / "none").text == "none on this system"
+
+
+def test_slow_decoders_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "simplejpeg", object())
+    monkeypatch.setattr(decoding, "spng_decode", object())
+    assert doctor_machine.decoders() == Finding("decoders", "ok", "JPEG by simplejpeg, PNG by imagecodecs")
+    monkeypatch.setattr(decoding, "spng_decode", None)
+    finding = doctor_machine.decoders()
+    assert (finding.state, finding.text) == ("note", "JPEG by simplejpeg, PNG by Pillow; there are faster ones")
+    assert finding.remedy == "pip install 'stylepipe[fast]'"
 
 
 @pytest.mark.parametrize(

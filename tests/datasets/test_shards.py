@@ -83,6 +83,44 @@ def test_pickling_does_not_carry_the_index(dataset: ShardDataset) -> None:
     assert (copy.read([3, 22]) == dataset.read([3, 22])).all()
 
 
+@pytest.mark.parametrize("field", ["offset", "shard"])
+def test_an_index_that_points_outside_of_its_shard_is_refused(prepared: Path, field: str) -> None:
+    path = prepared / "index.npy"
+    index = np.load(path)
+    index[field][17] += 10**6 if field == "offset" else 1
+    np.save(path, index)
+    with pytest.raises(UserError, match=r"index\.npy places sample 00000017 outside of its shard; copy"):
+        open_dataset(prepared)
+
+
+def test_a_manifest_that_counts_otherwise_than_its_shards_is_refused(prepared: Path) -> None:
+    path = prepared / "manifest.json"
+    values = json.loads(path.read_text())
+    values["shards"][1]["samples"] += 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"manifest\.json counts 23 images and others by shard"):
+        open_dataset(prepared)
+
+
+def test_images_of_another_size_than_the_manifest_says_are_told_at_once(prepared: Path) -> None:
+    dataset = open_dataset(prepared)
+    dataset.check_headers()
+    path = prepared / "manifest.json"
+    path.write_text(path.read_text().replace('"resolution": 16', '"resolution": 32'))
+    with pytest.raises(UserError, match=r"shard-00000\.tar: sample 00000000 cannot be read \(it is 16x16 pixels\)"):
+        open_dataset(prepared).check_headers()
+
+
+def test_the_header_of_an_image_of_every_shard_is_looked_at(prepared: Path, dataset: ShardDataset) -> None:
+    first = dataset.ranges_of_shards()[2].start
+    shard = prepared / dataset.manifest.shards[2].file
+    data = bytearray(shard.read_bytes())
+    data[int(dataset._index["offset"][first]) + 30] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{first:08d} cannot be read \(its bytes are not those that were stored\)"):
+        open_dataset(prepared).check_headers()
+
+
 def open_tars(folder: Path) -> int:
     return sum(file.path.startswith(f"{folder}/shard-") for file in psutil.Process().open_files())
 
