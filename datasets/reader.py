@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, islice
 from typing import NamedTuple
@@ -102,7 +102,7 @@ class Reader:
         self.workers = workers
         self.device = device or torch.device("cpu")
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         window = self._announce(self.start, None)
         firsts = count(self.start, self.batch_size)
         for share in self._decoded(firsts) if self.workers else self._decoded_here(firsts):

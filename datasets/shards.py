@@ -99,7 +99,23 @@ class ShardDataset:
 
     def read_into(self, sample: int, out: npt.NDArray[np.uint8]) -> None:
         """Decode one image into `out`, [R, R, 3] uint8, contiguous. Raise UserError naming it if it cannot be read."""
-        self._load(sample, lambda data: decode_into(data, out))
+        self.visit(sample, lambda data: decode_into(data, out))
+
+    def visit(self, sample: int, use: Callable[[bytes], object]) -> None:
+        """Pass the bytes of an image's file on; raise UserError naming it if it cannot be read, or `use` raises."""
+        shard, size, offset, _, *crc = self._index[sample].item()
+        try:
+            data = self.shards.open(shard).read(size, offset)
+            if crc and zlib.crc32(data) != crc[0]:
+                raise ValueError("its bytes are not those that were stored")
+            use(data)
+        except (MemoryError, UserError):
+            raise
+        except Exception as error:  # decoders raise many types on damaged data
+            from_system = isinstance(error, OSError) and error.errno is not None
+            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
+            file = self.path / self.manifest.shards[shard].file
+            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
 
     def prefetch(self, ranges: Sequence[range]) -> None:
         """Announce that the images of these ranges of ids will be read after those that were announced before."""
@@ -176,27 +192,11 @@ class ShardDataset:
         """See that the first images of up to 64 shards are what the manifest says; raise UserError naming one."""
         firsts = [ids.start for ids in self.ranges_of_shards()]
         for sample in firsts[:: -(-len(firsts) // _HEADERS_CHECKED)]:
-            self._load(sample, lambda data: check_header(data, self.resolution))
+            self.visit(sample, lambda data: check_header(data, self.resolution))
 
     def close(self) -> None:
         """Close the open shards; reading opens them again."""
         self.shards.close()
-
-    def _load(self, sample: int, use: Callable[[bytes], None]) -> None:
-        """Pass the bytes of an image on; raise UserError naming it if it cannot be read or used."""
-        shard, size, offset, _, *crc = self._index[sample].item()
-        try:
-            data = self.shards.open(shard).read(size, offset)
-            if crc and zlib.crc32(data) != crc[0]:
-                raise ValueError("its bytes are not those that were stored")
-            use(data)
-        except (MemoryError, UserError):
-            raise
-        except Exception as error:  # decoders raise many types on damaged data
-            from_system = isinstance(error, OSError) and error.errno is not None
-            remedy = "check that the disk is there" if from_system else _remedy(self.path, self.manifest)
-            file = self.path / self.manifest.shards[shard].file
-            raise UserError(f"{file}: sample {sample:08d} cannot be read ({error}); {remedy}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Index and labels are mapped again from the files in the other process, not sent through a pipe.

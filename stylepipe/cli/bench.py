@@ -19,6 +19,7 @@ import tyro
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from stylepipe.cli.bench_data import Data, bench_data
 from stylepipe.cli.bench_ops import Ops, bench_ops
 from stylepipe.cli.train import settle
 from stylepipe.config import Config, filled
@@ -67,7 +68,7 @@ class Bytes:
     """Also write the figures to this file."""
 
 
-COMMANDS: dict[str, Callable[..., Step | Ops | Bytes]] = {"step": Step, "ops": Ops, "bytes": Bytes}
+COMMANDS: dict[str, Callable[..., Step | Ops | Bytes | Data]] = {"step": Step, "ops": Ops, "bytes": Bytes, "data": Data}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(options.json)
     if isinstance(options, Bytes):
         figures = bench_bytes(options)
+    elif isinstance(options, Data):
+        keep_freed_memory()  # as training does; on a GPU page-locked batches are kept as well
+        figures = bench_data(options) | machine(torch.device("cpu"))
     else:
         accelerator = make_accelerator()
         if accelerator.device.type == "cpu":
