@@ -7,6 +7,7 @@ order of the run comes to them, and stay as long as there is room.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ _NOT_FOUND = (404, 410)
 
 def is_remote(data: str | Path) -> bool:
     """Tell whether `--data` names a location rather than a path."""
-    return "://" in str(data) or str(data).startswith("pipe:")
+    return re.match(r"\w+://|pipe:", str(data)) is not None
 
 
 class RemoteDataset:

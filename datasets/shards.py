@@ -78,6 +78,21 @@ class ShardDataset:
         return self.manifest.resolution
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes that labels are of, if they are."""
+        return self.manifest.classes
+
+    @property
+    def summary(self) -> str:
+        """What it holds, in words."""
+        return f"{len(self)} images"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other data, for the states of a run."""
+        return {"name": self.name, "images": len(self), "digest": self.manifest.digest}
+
+    @property
     def previewed(self) -> range:
         """The images that a look at the data chooses from: all, where any can be read at any time."""
         return range(len(self))

@@ -248,7 +248,8 @@ class Config:
     """Resolution in pixels, a power of two from 8 to 1024."""
     data: str | None = None
     """A prepared folder (see `stylepipe prepare`), the location of one (https://, s3://, gs://, hf://, pipe:), or
-    photographs: a folder, zip, tar, WebDataset shards or LMDB. Default: drawn faces, built in."""
+    photographs: a folder, zip, tar, WebDataset shards or LMDB; or stream:SHARDS, photographs in WebDataset shards as
+    they come, for more than can be prepared (not exactly resumable). Default: drawn faces, built in."""
     preset: str | None = None
     """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
     Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""

@@ -32,6 +32,8 @@ from stylepipe.datasets.cache import (
 )
 from stylepipe.datasets.remote import GB, RemoteDataset, is_remote
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
+from stylepipe.datasets.streaming import StreamedDataset, is_stream
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
@@ -60,6 +62,8 @@ logger = logging.getLogger(__name__)
 CPU_BATCH_PIXELS = 2048
 
 DATA_WINDOW = 16  # shards: 4 GB as `prepare` makes them, thousands of images of 1024 px
+
+STREAM_NOTICE = "the data is streamed and drawn at random: a run that goes on shows other images than one in one piece"
 
 DESCRIPTION = """Train a face model, or a model of any other kind of image.
 
@@ -155,10 +159,10 @@ def train(config: Config, accelerator: Accelerator) -> int:
         if accelerator.is_main_process:
             stack.enter_context(only_run_in(out))
         recipe = make_recipe(config, dataset, c_dim, accelerator)
-        lines: list[str] = []
+        lines = [STREAM_NOTICE] if isinstance(dataset, StreamedDataset) else []
         origin: dict[str, str] = {}
         if config.init is not None and state is None:
-            lines = on_every_process(accelerator, start_from, recipe, config.init, dataset.manifest.classes)
+            lines += on_every_process(accelerator, start_from, recipe, config.init, dataset.classes)
             origin = origin_of(config.init)
         trainer = stack.enter_context(closing(Trainer(config, recipe, dataset, accelerator, out, state, origin)))
         del state
@@ -177,7 +181,7 @@ def train(config: Config, accelerator: Accelerator) -> int:
     return 0
 
 
-def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | None, ShardDataset | None, int]:
+def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | None, TrainingData | None, int]:
     """Return resolved settings, the state to go on from, data and label dimensions; talks to no other process.
 
     What is quick to refuse comes first, since preparing photographs may take long. A dry run prepares nothing.
@@ -190,6 +194,8 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
         )
     if state is not None:
         check_goes_on(config, state)
+    if config.dry_run and config.data is not None and is_stream(config.data):
+        return config, state, None, 0
     if config.dry_run and config.data is not None and is_remote(config.data):
         return config, state, None, RemoteDataset(config.data).c_dim if config.cond else 0
     if config.dry_run and config.data is not None and not Path(config.data).exists():
@@ -197,19 +203,21 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
         return config, state, None, label_dimensions(config.data) if config.cond else 0
     dataset = open_data(config)
-    check_labels(config, dataset.manifest.classes)
-    if dataset.manifest.skipped and accelerator.is_main_process:
+    check_labels(config, dataset.classes)
+    if isinstance(dataset, ShardDataset) and dataset.manifest.skipped and accelerator.is_main_process:
         left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
         logger.info("%d images of %s; left out: %s", len(dataset), dataset.name, reasons)
     return config, state, dataset, dataset.c_dim if config.cond else 0
 
 
-def open_data(config: Config) -> ShardDataset:
+def open_data(config: Config) -> TrainingData:
     """Open the data; every process asks: the first on its machine prepares or copies it, the others wait for it."""
     lowest = filled(config.growth.start_res)
     levels = None if config.dry_run or lowest == config.res else lowest
     window = filled(config.data_window)
+    if config.data is not None and is_stream(config.data):
+        return StreamedDataset(config.data, config.res)
     if window and config.data is not None and is_remote(config.data):
         limit = None if config.data_cache_gb is None else round(config.data_cache_gb * GB)
         return windowed_for_training(config.data, config.res, window, limit, labels=config.cond, levels=levels)
@@ -220,13 +228,12 @@ def open_data(config: Config) -> ShardDataset:
     return dataset
 
 
-def check_same(accelerator: Accelerator, state: State | None, dataset: ShardDataset, init: str | None) -> None:
+def check_same(accelerator: Accelerator, state: State | None, dataset: TrainingData, init: str | None) -> None:
     """See that all processes found the same beginning and the same data: machines may not share their disks."""
     if accelerator.num_processes == 1:
         return
     network = file_sha256(Path(init))[:12] if init is not None and state is None else None
-    data = f"{dataset.name}, {len(dataset)} images, digest {dataset.manifest.digest[:12]}"
-    found = (state.images_seen if state is not None else 0, data, network)
+    found = (state.images_seen if state is not None else 0, str(dataset.facts), network)
     everywhere = gather_object([found])
     if len(set(everywhere)) > 1:
         raise UserError(
@@ -290,6 +297,10 @@ def settle(config: Config, accelerator: Accelerator) -> Config:
 
 def settle_data(config: Config) -> Config:
     """Fill how the data is shuffled; raise UserError for an option that nothing would come of."""
+    if config.data is not None and is_stream(config.data):
+        for option, value in (("--cond", config.cond), ("--data-window", config.data_window)):
+            if value:
+                raise UserError(f"{option}: {config.data} has no labels and no order that is known before; prepare it")
     remote = config.data is not None and is_remote(config.data)
     if config.data_window is None:
         config = replace(config, data_window=DATA_WINDOW if remote else 0)
@@ -310,14 +321,16 @@ def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Co
     return with_batch_gpu(config, largest_batch_gpu(build, stages, config, c_dim, per_process, accelerator.device))
 
 
-def make_recipe(config: Config, dataset: ShardDataset, c_dim: int, accelerator: Accelerator) -> GANRecipe:
+def make_recipe(config: Config, dataset: TrainingData, c_dim: int, accelerator: Accelerator) -> GANRecipe:
     """Build what is trained; labels of generated images are drawn from those of the data."""
     device, world_size = accelerator.device, accelerator.num_processes
     if c_dim == 0:
         return GANRecipe(config, device, world_size=world_size)
 
+    assert isinstance(dataset, ShardDataset)  # streams have no labels
+
     def labels_at(ids: Sequence[int]) -> torch.Tensor:
         return torch.from_numpy(dataset.labels(ids))
 
-    vectors = dataset.manifest.classes is None
+    vectors = dataset.classes is None
     return GANRecipe(config, device, c_dim, labels_at, len(dataset), vectors, world_size)

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 
 
 def real_images(
-    dataset: ShardDataset, columns: int, rows: int, classes_of_rows: Sequence[int], skip_bad: bool = False
+    dataset: TrainingData, columns: int, rows: int, classes_of_rows: Sequence[int], skip_bad: bool = False
 ) -> NDArray[np.uint8]:
     """Return the first images of the data for a grid, [N, R, R, 3] uint8; with classes, each row's are of its class.
 
@@ -22,6 +23,7 @@ def real_images(
     """
     if not classes_of_rows:
         return read_images(dataset, dataset.previewed[: columns * rows], skip_bad)
+    assert isinstance(dataset, ShardDataset)  # streams have no classes
     images = np.zeros((len(classes_of_rows), columns, dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
     for row, number in enumerate(classes_of_rows):
         first = columns * classes_of_rows[:row].count(number)
@@ -31,7 +33,7 @@ def real_images(
     return images.reshape(-1, *images.shape[2:])
 
 
-def read_images(dataset: ShardDataset, ids: Sequence[int] | NDArray[np.int64], skip_bad: bool) -> NDArray[np.uint8]:
+def read_images(dataset: TrainingData, ids: Sequence[int] | NDArray[np.int64], skip_bad: bool) -> NDArray[np.uint8]:
     """Return images [n, R, R, 3] uint8; with `skip_bad`, those that cannot be read are black."""
     if not skip_bad:
         return dataset.read(ids)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stylepipe.config import Config
-from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.training.checkpoint import State
 
@@ -19,16 +19,11 @@ def config_mapping(config: Config) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_CONFIG_FILE}
 
 
-def data_mapping(dataset: ShardDataset) -> dict[str, Any]:
-    """Return what tells the data of a run from other data, as its states hold it."""
-    return {"name": dataset.name, "images": len(dataset), "digest": dataset.manifest.digest}
-
-
-def changes_since(state: State, config: Config, dataset: ShardDataset) -> list[str]:
+def changes_since(state: State, config: Config, dataset: TrainingData) -> list[str]:
     """Return a line for each setting, and each fact of the data, that is not the one that a state was saved with."""
     before = state.info.get("config", {})
     lines = changed_settings(before, config_mapping(config))
-    lines += changed_settings(state.info.get("data", {}), data_mapping(dataset), "data.")
+    lines += changed_settings(state.info.get("data", {}), dataset.facts, "data.")
     if config.augment == "ada" == before.get("augment"):
         # The state's p goes on: the option says where a training begins.
         lines = [line for line in lines if " aug.p " not in line]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
-from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
@@ -30,7 +30,7 @@ from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
 from stylepipe.training.progress import LOG_NAME, STATS_NAME
-from stylepipe.training.settings import config_mapping, data_mapping
+from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
 
 
@@ -56,7 +56,7 @@ class Snapshots:
         self,
         config: Config,
         engine: Engine,
-        dataset: ShardDataset,
+        dataset: TrainingData,
         out: Path,
         tracker: Tracker,
         say: Callable[[str], None],
@@ -73,7 +73,7 @@ class Snapshots:
         images = real_images(self.dataset, columns, rows, classes, self.config.on_bad == "skip")
         grid = make_grid(images, columns)
         if classes:
-            names = [filled(self.dataset.manifest.classes)[number] for number in dict.fromkeys(classes)]
+            names = [filled(self.dataset.classes)[number] for number in dict.fromkeys(classes)]
             self.say(f"rows of the grids, from the top: {', '.join(names)}")
         save_image(self.out / "grids" / "real.png", grid)
         self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
@@ -97,7 +97,7 @@ class Snapshots:
         network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
         metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
         if self.config.cond:  # names by number, or null where labels are vectors
-            metadata["classes"] = json.dumps(self.dataset.manifest.classes)
+            metadata["classes"] = json.dumps(self.dataset.classes)
         network, beside = self.engine.recipe.export(stage)
         if not self.config.snapshot_with_d:
             beside = {}
@@ -156,7 +156,7 @@ class Snapshots:
             "healthy": self.engine.is_healthy(),
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
-            "data": data_mapping(self.dataset),
+            "data": self.dataset.facts,
             "config": config_mapping(self.config),
             "origin": self.origin,
         }

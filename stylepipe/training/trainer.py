@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
 from stylepipe.datasets.processes import available_cpus
-from stylepipe.datasets.reader import Batch, Reader
-from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.reader import Batch
+from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.training.alarms import Alarms, divergence_in
@@ -58,7 +58,7 @@ class Trainer:
     Args:
         config: resolved settings.
         recipe: what to train.
-        dataset: shards of the run's resolution.
+        dataset: of the run's resolution.
         accelerator: device and processes.
         out: folder of the run, there already.
         state: where to go on from, or None to start anew.
@@ -77,7 +77,7 @@ class Trainer:
         self,
         config: Config,
         recipe: Recipe,
-        dataset: ShardDataset,
+        dataset: TrainingData,
         accelerator: Accelerator,
         out: Path,
         state: State | None = None,
@@ -190,9 +190,11 @@ class Trainer:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
         self._data: Iterator[Batch] = iter(())  # first the old one's threads end, and give their memory back
-        reader = Reader(
-            self.dataset.level(stage.resolution),
-            self.dataset.order(filled(self.config.data_window), self.config.seed),
+        self._data = batches_of(
+            self.dataset,
+            stage.resolution,
+            window_shards=filled(self.config.data_window),
+            seed=self.config.seed,
             batch_size=stage.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -202,7 +204,6 @@ class Trainer:
             workers=self._workers(),
             device=self.accelerator.device,
         )
-        self._data = iter(reader)
 
     def _next_batch(self) -> Batch:
         batch = self._or_save(partial(next, self._data))
@@ -388,7 +389,7 @@ class Trainer:
             for name, network in self.recipe.networks.items()
         ]
         return (
-            f"{config.preset} at {config.res} px on {self.dataset.name} ({len(self.dataset)} images), "
+            f"{config.preset} at {config.res} px on {self.dataset.name} ({self.dataset.summary}), "
             f"{processes} on {self.accelerator.device.type}, "
             f"batch {self.stage.batch_size} ({self.stage.batch_gpu} at a time per device), {config.precision}; "
             f"{', '.join(sizes)}; {self._plan()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import avg_pool2d
 
-from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.metrics.diversity import Diversity, diversity, thumbnails
 from stylepipe.training.grids import read_images
 from stylepipe.training.growth import Stage
@@ -23,7 +23,7 @@ class DiversityWatch:
         skip_bad: take images that cannot be read for black.
     """
 
-    def __init__(self, recipe: Recipe, dataset: ShardDataset, skip_bad: bool = False) -> None:
+    def __init__(self, recipe: Recipe, dataset: TrainingData, skip_bad: bool = False) -> None:
         self._recipe, self._dataset, self._skip_bad = recipe, dataset, skip_bad
         self._ids = dataset.previewed[:SAMPLES]
         self._real: dict[int, Diversity] = {}

@@ -1,0 +1,303 @@
+"""Photographs streamed from plain WebDataset shards as they are, for more of them than can be prepared.
+
+Each thread of each process draws shards at random, again and again, and shuffles their photographs in a buffer. Nothing
+is indexed, copied or promised: within an epoch's length some photographs come twice and others not at all, and what a
+run shows depends on its number of processes and threads. One that goes on draws anew from where it stands. A tar that
+was cut between two members looks whole here. Prepared data (`stylepipe prepare`) has none of these faults.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+import random
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from glob import glob
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from webdataset.filters import shuffle
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import tar_file_iterator
+
+from stylepipe.datasets import store as stores
+from stylepipe.datasets.fetching import RetryPolicy
+from stylepipe.datasets.levels import box_averages
+from stylepipe.datasets.order import flips, rank_positions
+from stylepipe.datasets.photos import SkippedPhotoError, read_square
+from stylepipe.datasets.preparation import Preparation
+from stylepipe.datasets.reader import Batch
+from stylepipe.datasets.store import RemoteError, open_store, redacted
+from stylepipe.errors import UserError
+
+_PREFIX = "stream:"
+_PREVIEWED = 32  # photographs
+_BUFFERED = 500  # photographs that a thread shuffles, as files
+_DECODED_AHEAD = 8  # images of each thread
+_MOST_REFUSED = 1000  # photographs in a row that give no image, or
+_MOST_BROKEN = 10  # shards: then it is no matter of single ones
+
+T = TypeVar("T")
+File: TypeAlias = tuple[str, bytes]  # its address, for messages, and what it holds
+
+
+def is_stream(data: str | Path | None) -> bool:
+    """Tell whether `--data` names shards to be streamed."""
+    return str(data).startswith(_PREFIX)
+
+
+class StreamedDataset:
+    """Photographs in shards, as squares of one resolution: the centre of each, smaller ones left out.
+
+    Args:
+        data: `stream:` and the shards: local paths or http(s)://, s3://, gs://, hf:// addresses, with {0000..0099} for
+            a series and, of paths, with * and ?.
+        resolution: of the photographs' squares, in pixels.
+        level: box-averaged to this one; default: not at all.
+
+    Attributes:
+        name: of the data, for run directories.
+        shards: their addresses.
+
+    Raises:
+        UserError: no shard is named, or a path is not there.
+    """
+
+    classes: tuple[str, ...] | None = None
+    c_dim = 0
+    previewed = range(_PREVIEWED)
+
+    def __init__(self, data: str, resolution: int, level: int | None = None) -> None:
+        self._data, self._how = data, Preparation(resolution)
+        self.resolution = level or resolution
+        self.shards: list[str] = []
+        for address in expand_urls(data.removeprefix(_PREFIX)):
+            found = [address] if "://" in address else sorted(glob(address))
+            if not found:
+                raise UserError(
+                    f"--data {data}: no such file: {address}; expected tar files, as faces-{{000..099}}.tar"
+                )
+            self.shards += found
+        self.name = PurePosixPath(self.shards[0].partition("?")[0]).parent.name or "stream"
+
+    @property
+    def summary(self) -> str:
+        """What it holds, in words."""
+        return f"a stream of {len(self.shards)} shards"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells it from other data, for the states of a run."""
+        return {"name": self.name, "stream": redacted(self._data)}
+
+    def level(self, resolution: int) -> StreamedDataset:
+        """Return the same photographs at a smaller resolution."""
+        return StreamedDataset(self._data, self._how.res, resolution)
+
+    def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Return some of the first images, those that `previewed` allows: [n, R, R, 3] uint8."""
+        first = list(islice(self.squares(iter(self.shards), skip_bad=True), max(ids, default=-1) + 1))
+        if len(first) <= max(ids, default=-1):
+            raise UserError(f"--data {self._data}: holds {len(first)} photographs of {self._how.res} px or more")
+        return np.stack([first[number].pixels for number in ids])
+
+    def squares(
+        self, shards: Iterator[str], skip_bad: bool, shuffled: Callable[[Iterator[File]], Iterator[File]] = iter
+    ) -> Generator[Square, None, None]:
+        """Yield the images of the photographs in shards.
+
+        Args:
+            shards: addresses, one after the other.
+            skip_bad: leave out what cannot be read, and say so with the next image.
+            shuffled: changes the order of the photographs' files.
+
+        Raises:
+            UserError: a shard or a photograph cannot be read, or none is large enough.
+        """
+        bad: list[str] = []
+        refused = 0
+        for where, data in shuffled(_files(shards, bad if skip_bad else None)):
+            try:
+                pixels = np.asarray(read_square(data, self._how).image)
+            except SkippedPhotoError as error:
+                refused += 1
+                message = f"{where}: {error.reason}{error.detail and f' ({error.detail})'}"
+                if error.reason == "unreadable" and not skip_bad:
+                    raise UserError(f"{message}; --on-bad skip leaves it out") from error
+                if refused == _MOST_REFUSED:
+                    text = f"--data {self._data}: {refused:,} photographs in a row left out, the last: {message}"
+                    raise UserError(text) from error
+                if error.reason == "unreadable":
+                    bad.append(message)
+                continue
+            refused = 0
+            if self.resolution != len(pixels):
+                pixels = next(level for level in box_averages(pixels) if len(level) == self.resolution)
+            yield Square(pixels, tuple(bad))
+            bad.clear()
+
+
+class Square(NamedTuple):
+    """An image [R, R, 3] uint8, and what could not be read before it, one message each."""
+
+    pixels: npt.NDArray[np.uint8]
+    bad: tuple[str, ...]
+
+
+class StreamReader:
+    """An endless iterable of batches of a stream; arguments as of `stylepipe.datasets.reader.Reader`.
+
+    With the same arguments it gives the same batches, `start` being one of them.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamedDataset,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mirror: bool = False,
+        start: int = 0,
+        skip_bad: bool = False,
+        workers: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self._dataset, self._seed, self._batch_size = dataset, seed, batch_size
+        self._rank, self._world_size = rank, world_size
+        self._mirror, self._start, self._skip_bad, self._workers = mirror, start, skip_bad, workers
+        self._pinned = device is not None and device.type == "cuda"
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        sources: list[Generator[Square, None, None]] = [self._squares(n) for n in range(max(1, self._workers))]
+        if self._workers:
+            sources = [_in_thread(source) for source in sources]
+        first, turn = self._start, 0
+        try:
+            while True:
+                positions = rank_positions(first, self._batch_size, self._rank, self._world_size)
+                squares = [next(sources[(turn + index) % len(sources)]) for index in range(len(positions))]
+                turn += len(positions)
+                yield self._batch(squares, positions)
+                first += self._batch_size
+        finally:
+            for source in sources:
+                source.close()
+
+    def _squares(self, worker: int) -> Generator[Square, None, None]:
+        draw = random.Random(f"{self._seed}/{self._rank}/{worker}/{self._start}")
+        shards = iter(lambda: draw.choice(self._dataset.shards), None)
+        return self._dataset.squares(shards, self._skip_bad, shuffle(_BUFFERED, rng=draw))
+
+    def _batch(self, squares: Sequence[Square], positions: npt.NDArray[np.int64]) -> Batch:
+        resolution = self._dataset.resolution
+        images = torch.empty((len(squares), resolution, resolution, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        np.stack([square.pixels for square in squares], out=images.numpy())
+        mirrored = torch.from_numpy(flips(positions, self._seed)) if self._mirror else None
+        bad = tuple(text for square in squares for text in square.bad)
+        return Batch(images, torch.zeros(len(squares), 0), torch.from_numpy(positions), mirrored, bad)
+
+
+def _files(shards: Iterator[str], bad: list[str] | None) -> Iterator[File]:
+    """Yield the image files of shards, each with its address; with `bad`, note there what cannot be read."""
+    broken = 0
+    for address in shards:
+        try:
+            with closing(_opened(address)) as stream:
+                for member in tar_file_iterator(stream):
+                    if PurePosixPath(member["fname"]).suffix.lower() in Image.registered_extensions():
+                        broken = 0
+                        yield f"{redacted(address)}: {member['fname']}", member["data"]
+        except (OSError, EOFError, tarfile.TarError, RemoteError) as error:
+            broken += 1
+            message = str(error) if isinstance(error, RemoteError) else f"{redacted(address)}: cannot be read ({error})"
+            if bad is None:
+                raise UserError(f"{message}; --on-bad skip goes on with other shards") from error
+            if broken == _MOST_BROKEN:
+                raise UserError(f"{broken} shards in a row cannot be read, the last: {message}") from error
+            bad.append(message)
+
+
+def _opened(address: str) -> io.BufferedIOBase:
+    if "://" not in address:
+        return open(address, "rb")
+    path, question, query = address.partition("?")
+    folder, _, name = path.rpartition("/")
+    return io.BufferedReader(_RemoteFile(folder + question + query, name), stores.RANGE_BYTES)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a store from its beginning to its end, whatever the line does in between."""
+
+    def __init__(self, location: str, name: str) -> None:
+        self._store, self._name, self._policy = open_store(location), name, RetryPolicy()
+        self._at = 0
+        size = self._patiently(lambda: self._store.size(name))
+        if size is None:
+            raise RemoteError(f"{self._store.url(name)}: the server does not say how large it is", retry=False)
+        self._size = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = self._patiently(lambda: self._store.read(self._name, self._at, end)) if end > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        failures = 0
+        while True:
+            try:
+                return ask()
+            except RemoteError as error:
+                failures += 1
+                if not error.retry or failures == self._policy.tries:
+                    raise
+                time.sleep(self._policy.wait_s(failures, error))
+
+
+def _in_thread(source: Generator[T, None, None]) -> Generator[T, None, None]:
+    """Yield what a generator yields, some of it ahead, in a thread that ends with this one."""
+    made: queue.Queue[T | BaseException] = queue.Queue(_DECODED_AHEAD)
+    stopped = threading.Event()
+
+    def hand_over(item: T | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                made.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def run() -> None:
+        try:
+            for item in source:
+                hand_over(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            hand_over(error)
+
+    # A daemon: nothing is lost with it, and it may wait for a server.
+    threading.Thread(target=run, name="streaming", daemon=True).start()
+    try:
+        while True:
+            item = made.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
