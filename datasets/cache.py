@@ -112,7 +112,8 @@ def windowed_for_training(
 ) -> ShardDataset:
     """Return a remote dataset whose shards come into the cache when a `WindowOrder` comes to them.
 
-    Several processes may call it at once, and share what has come.
+    Where a whole copy is in the cache already, it is that copy. Several processes may call it at once, and share what
+    has come.
 
     Args:
         location: of a prepared dataset.
@@ -126,6 +127,9 @@ def windowed_for_training(
         UserError: it cannot be had, does not fit, or the cache cannot be written.
     """
     remote = _open_remote(location, resolution, labels)
+    whole = cache_folder() / "datasets" / _remote_key(remote, levels, "remote")
+    if is_prepared(whole):
+        return open_dataset(whole, resolution, None if levels is None else levels_for_training(whole, levels))
     download = partial(remote.download, levels=levels, shards=False)
     folder = _built_once(_remote_key(remote, levels, "windows"), download)
     return remote.windowed(folder, window_shards, limit_bytes)
@@ -171,7 +175,7 @@ def _open_remote(location: str, resolution: int, labels: bool) -> RemoteDataset:
 def _remote_key(remote: RemoteDataset, levels: int | None, kind: str) -> str:
     manifest = remote.manifest
     parts = [_file_name(manifest.name), str(manifest.resolution), kind, manifest.digest[:16]]
-    return "-".join(parts if levels is None else [*parts, "levels"])
+    return "-".join(parts if levels is None else [*parts, f"levels{levels}"])
 
 
 def _photographs(

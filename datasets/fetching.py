@@ -95,7 +95,8 @@ def fetch(
         flush_entry(to.parent)
     except OSError as error:
         raise UserError(
-            f"{to}: cannot be written ({error.strerror or error}); make room or name another place"
+            f"{to}: cannot be written ({error.strerror or error}); make room, name another place (STYLEPIPE_CACHE), or "
+            f"let less of the data be here at a time (--data-cache-gb)"
         ) from error
 
 
@@ -127,8 +128,8 @@ def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolic
                     raise _given_up(error, failures, time.monotonic() - since) from None
                 wait_s = policy.wait_s(failures, error)
                 log.warning("%s; try %d of %d in %.1f s", error, failures + 1, policy.tries, wait_s)
-                if _wait(stop, wait_s):
-                    raise _stopped(store, name) from None
+                if stop.wait(wait_s):
+                    raise stopped(store, name) from None
                 if not store.ranged:
                     file.seek(0)
                     file.truncate()
@@ -136,10 +137,6 @@ def _complete(store: Store, name: str, part: Path, size: int, policy: RetryPolic
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _wait(stop: threading.Event, seconds: float) -> bool:
-    return stop.wait(seconds)
 
 
 def _append(store: Store, name: str, file: IO[bytes], digest: hashlib._Hash, size: int, stop: threading.Event) -> None:
@@ -156,12 +153,13 @@ def _append(store: Store, name: str, file: IO[bytes], digest: hashlib._Hash, siz
             file.flush()  # what has come outlives this process
             digest.update(data)
             if stop.is_set() and file.tell() < size:
-                raise _stopped(store, name)
+                raise stopped(store, name)
     if file.tell() < size:
         raise RemoteError(f"{store.url(name)}: ended after {file.tell():,} of {size:,} bytes")
 
 
-def _stopped(store: Store, name: str) -> RemoteError:
+def stopped(store: Store, name: str) -> RemoteError:
+    """Return what is raised where a download is stopped; nobody is to see it."""
     return RemoteError(f"{store.url(name)}: stopped", retry=False)
 
 

@@ -93,6 +93,10 @@ class Manifest:
     def files(self) -> Iterator[FileRecord]:
         """Yield the record of every file but the manifest itself."""
         yield from self.shards
+        yield from self.side_files()
+
+    def side_files(self) -> Iterator[FileRecord]:
+        """Yield the records of the files beside the shards."""
         if self.labels is not None:
             yield self.labels
         yield self.index

@@ -11,6 +11,7 @@ bit generators for ever, but not that of its distributions (NEP 19), and a run m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -29,6 +30,8 @@ ORDER_VERSION = 1
 _WORD = 2**64
 # The highest word of Philox's counter tells permutations of one (seed, epoch) apart.
 _OF_IMAGES, _OF_SHARDS, _OF_WINDOW = range(3)
+
+_one_at_a_time = threading.Lock()  # of ten million images a permutation takes seconds, and 200 MB meanwhile
 
 
 class Order(Protocol):
@@ -153,7 +156,9 @@ def image_ids(positions: Int64Array, num_images: int, seed: int) -> Int64Array:
     ids = np.empty_like(places)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
-        ids[inside] = _permutation(num_images, int(epoch), seed)[places[inside]]
+        with _one_at_a_time:
+            permutation = _permutation(num_images, int(epoch), seed)
+        ids[inside] = permutation[places[inside]]
     return ids
 
 

@@ -1,8 +1,8 @@
 """Worker processes that end exactly when their parent wants it or dies.
 
 Ctrl-C and a batch system's SIGTERM reach every process of a job. The parent decides what to do about
-them (finish the step, save); a worker that died of one at once would take the data away meanwhile. And a
-worker must not outlive a parent that was killed, which a queue alone does not tell it.
+them; a worker that died of one at once would end it with a traceback. And a worker must not outlive a
+parent that was killed, which a queue alone does not tell it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def available_cpus() -> int:
 
 
 @contextmanager
-def signals_held() -> Iterator[None]:
-    """Start worker processes within: SIGINT and SIGTERM stay pending, in them until `follow_parent` decides.
+def _signals_held() -> Iterator[None]:
+    """Start worker processes within: SIGINT and SIGTERM stay pending, in them until `_follow_parent` decides.
 
     A child inherits the blocked signals. Otherwise one that came while a worker still imports its modules would end it,
     with a traceback.
@@ -49,7 +49,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def follow_parent() -> None:
+def _follow_parent() -> None:
     """Call first in a worker process: ignore SIGINT, and SIGTERM but from the parent; end with the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -83,12 +83,12 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
         return
     # Spawned, not forked: the caller may hold threads or a CUDA context.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     tasks = iter(tasks)
     pending: deque[Future[Result]] = deque()
 
     def submit(count: int) -> None:
-        with signals_held():  # submitting may start a process
+        with _signals_held():  # submitting may start a process
             pending.extend(executor.submit(function, task) for task in islice(tasks, count))
 
     try:

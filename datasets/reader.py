@@ -8,9 +8,11 @@ page-locked memory, and draw the permutation of every epoch for themselves.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import count, islice
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from stylepipe.errors import UserError
 _ATTEMPTS = 10  # images that cannot be read one after the other: then it is no matter of single ones
 _TASK_PIXELS = 1 << 18  # pixels that a thread decodes at a time: small images are not worth a hand-over each
 _TASKS_AHEAD = 2  # per thread, besides those of the batch that is next
+_CLOSED_EVERY_S = 0.01
 
 
 class Batch(NamedTuple):
@@ -105,42 +108,60 @@ class Reader:
     def __iter__(self) -> Generator[Batch, None, None]:
         window = self._announce(self.start, None)
         firsts = count(self.start, self.batch_size)
-        for share in self._decoded(firsts) if self.workers else self._decoded_here(firsts):
-            yield share.batch()
-            # Told when a window is handed over, not when it is begun: what is decoded ahead is of this one or the next.
-            window = self._announce(share.first + self.batch_size, window)
+        with closing(self._decoded(firsts) if self.workers else self._decoded_here(firsts)) as shares:
+            for share in shares:
+                yield share.batch()
+                # Told when a window is handed over, not when it is begun: what is decoded ahead is of this one or the
+                # next, but for windows of a few images.
+                window = self._announce(share.first + self.batch_size, window)
 
-    def _decoded_here(self, firsts: Iterator[int]) -> Iterator[_Share]:
-        for first in firsts:
-            share = _Share(self, first)
-            share.decode(range(len(share.ids)))
-            yield share
+    def _decoded_here(self, firsts: Iterator[int]) -> Generator[_Share, None, None]:
+        try:
+            for first in firsts:
+                share = _Share(self, first, self._empty(), _Stop())
+                share.decode(range(len(share.ids)))
+                yield share
+        finally:
+            self.dataset.close()
 
-    def _decoded(self, firsts: Iterator[int]) -> Iterator[_Share]:
-        stopped = threading.Event()
-        pool = ThreadPoolExecutor(self.workers, "decoding", initializer=_use_device, initargs=(self.device,))
+    def _decoded(self, firsts: Iterator[int]) -> Generator[_Share, None, None]:
+        stop = _Stop()
+        pool = ThreadPoolExecutor(self.workers, "decoding")
         in_share = self.batch_size // self.world_size
         in_task = max(1, min(_TASK_PIXELS // self.dataset.resolution**2, in_share))
         parts = [range(in_share)[start : start + in_task] for start in range(0, in_share, in_task)]
 
-        def begin(first: int) -> tuple[_Share, list[Future[None]]]:
-            share = _Share(self, first, stopped)
+        def begun(first: int, images: Tensor) -> tuple[_Share, list[Future[None]]]:
+            share = _Share(self, first, images, stop)
             return share, [pool.submit(share.decode, part) for part in parts]
 
         ahead = 2 + _TASKS_AHEAD * self.workers // len(parts)
-        under_way = deque(pool.submit(begin, first) for first in islice(firsts, ahead))
+        # Memory is asked for by this thread: it has the process's device, and an allocator that keeps what is freed.
+        under_way = deque(pool.submit(begun, first, self._empty()) for first in islice(firsts, ahead))
+        tasks: list[Future[None]] = []
         try:
             while True:
                 share, tasks = under_way.popleft().result()
                 for task in tasks:
                     task.result()
                 yield share
-                under_way.append(pool.submit(begin, next(firsts)))
+                under_way.append(pool.submit(begun, next(firsts), self._empty()))
         finally:
-            stopped.set()
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            self.dataset.close()  # ends downloads that threads wait for
+            for begin in under_way:
+                if not begin.cancelled() and begin.exception() is None:
+                    tasks += begin.result()[1]
+            while not all(task.done() for task in tasks):
+                self.dataset.close()  # ends the downloads that threads wait for
+                time.sleep(_CLOSED_EVERY_S)
             pool.shutdown()
+            self.dataset.close()
+
+    def _empty(self) -> Tensor:
+        side = self.dataset.resolution
+        shape = (self.batch_size // self.world_size, side, side, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _announce(self, position: int, before: int | None) -> int | None:
         """Have the window of a position and the next one brought, where `before` is another; return that window."""
@@ -152,29 +173,37 @@ class Reader:
         return window
 
 
+class _Stop(threading.Event):
+    """Tells threads to begin nothing more, and why if there is a failure that all of them would meet."""
+
+    cause: RemoteError | None = None
+
+
 class _Share:
     """One rank's share of the global batch at position `first`, to be decoded part by part in any thread."""
 
-    def __init__(self, reader: Reader, first: int, stopped: threading.Event | None = None) -> None:
+    def __init__(self, reader: Reader, first: int, images: Tensor, stop: _Stop) -> None:
         self.first = first
         self._reader = reader
-        self._stopped = stopped
+        self._images = images
+        self._stop = stop
         self._positions = rank_positions(first, reader.batch_size, reader.rank, reader.world_size)
         self.ids = reader.order.ids(self._positions)
-        shape = (len(self.ids), reader.dataset.resolution, reader.dataset.resolution, 3)
-        self._pinned = reader.device.type == "cuda"
-        self._images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         self._bad: list[list[str]] = [[] for _ in self.ids]
 
     def decode(self, part: range) -> None:
         """Decode some of its images; raise UserError."""
         dataset, pixels = self._reader.dataset, self._images.numpy()
         for index in part:
-            if self._stopped is not None and self._stopped.is_set():
+            if self._stop.is_set():
+                if self._stop.cause is not None:
+                    raise self._stop.cause
                 return
             try:
                 dataset.read_into(int(self.ids[index]), pixels[index])
-            except RemoteError:  # no fault of the image, and others would have it as well
+            except RemoteError as error:  # no fault of the image; others would wait for the same server in vain
+                self._stop.cause = error
+                self._stop.set()
                 raise
             except UserError as error:
                 if not self._reader.skip_bad:
@@ -186,7 +215,7 @@ class _Share:
         reader = self._reader
         labels = torch.from_numpy(reader.dataset.labels(self.ids))
         mirrored = torch.from_numpy(flips(self._positions, reader.order.seed)) if reader.mirror else None
-        if self._pinned:
+        if reader.device.type == "cuda":
             labels = labels.pin_memory()
             mirrored = None if mirrored is None else mirrored.pin_memory()
         bad = tuple(text for texts in self._bad for text in texts)
@@ -201,12 +230,8 @@ class _Share:
             try:
                 reader.dataset.read_into(int(self.ids[index]), self._images.numpy()[index])
                 return
+            except RemoteError:
+                raise
             except UserError as another:
                 bad.append(str(another))
         raise UserError(f"{reader.dataset.path}: {_ATTEMPTS} images in a row cannot be read, the last: {bad[-1]}")
-
-
-def _use_device(device: torch.device) -> None:
-    """Have a thread lock memory for this process's device; else it would open a context on the first one."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

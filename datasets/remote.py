@@ -18,7 +18,7 @@ from stylepipe.datasets.levels import level_resolutions
 from stylepipe.datasets.manifest import LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.datasets.resuming import resumable_folder
 from stylepipe.datasets.shard_cache import ShardCache
-from stylepipe.datasets.shard_files import ShardFile
+from stylepipe.datasets.shard_files import ShardFile, open_files_limit
 from stylepipe.datasets.shards import (
     LEVELS_FOLDER,
     ShardDataset,
@@ -86,9 +86,7 @@ class RemoteDataset:
             work.mark({})
             for folder, manifest in self._parts(levels):
                 (work.folder / folder).mkdir(parents=True, exist_ok=True)
-                for record in manifest.files():
-                    if not shards and record in manifest.shards:
-                        continue
+                for record in manifest.files() if shards else manifest.side_files():
                     target = work.folder / folder / record.file
                     if not (target.exists() and file_sha256(target) == record.sha256):
                         log.info("downloading %s (%.0f MB)", folder + record.file, record.bytes / 1e6)
@@ -115,8 +113,7 @@ class RemoteDataset:
             parts[level.resolution] = len(shards)
             within = level.path.relative_to(folder)
             shards += [replace(record, file=f"{within.as_posix()}/{record.file}") for record in level.manifest.shards]
-        if limit_bytes is not None:
-            _check_limit([whole, *levels], window_shards, limit_bytes)
+        _check_windows([whole, *levels], window_shards, limit_bytes)
         return WindowedDataset(folder, whole.manifest, ShardCache(self._store, shards, folder, limit_bytes), parts)
 
     def _parts(self, levels: int | None) -> Iterator[tuple[str, Manifest]]:
@@ -190,18 +187,26 @@ def _level_of(dataset: ShardDataset, resolution: int) -> ShardDataset:
     return ShardDataset(folder, manifest)
 
 
-def _check_limit(levels: Sequence[ShardDataset], window_shards: int, limit_bytes: int) -> None:
-    """Refuse a limit that does not hold a window to read and one to come, at any resolution."""
+def _check_windows(levels: Sequence[ShardDataset], window_shards: int, limit_bytes: int | None) -> None:
+    """Refuse windows of which two, one to read and one to come, are more than may be here or may be open."""
     ranges = levels[0].ranges_of_shards()
-    needed = 0
+    most_bytes, most_files = 0, 0
     for level in levels:
         sizes = [record.bytes for record in level.manifest.shards]
-        windows = sorted((sum(sizes[shard] for shard in level.shards_of([ids])) for ids in ranges), reverse=True)
-        needed = max(needed, 2 * sum(windows[:window_shards]))
-    if limit_bytes < needed:
+        touched = [level.shards_of([ids]) for ids in ranges]
+        windows = sorted((sum(sizes[shard] for shard in shards) for shards in touched), reverse=True)
+        most_bytes = max(most_bytes, min(2 * sum(windows[:window_shards]), sum(sizes)))
+        files = sorted(map(len, touched), reverse=True)
+        most_files = max(most_files, min(2 * sum(files[:window_shards]), len(sizes)))
+    if limit_bytes is not None and limit_bytes < most_bytes:
         raise UserError(
             f"--data-cache-gb {limit_bytes / GB:g}: two windows of {window_shards} shards, one to read and one to "
-            f"come, take up to {needed / GB:.3g}; allow that much, or use a smaller --data-window"
+            f"come, take up to {most_bytes / GB:.3g}; allow that much, or use a smaller --data-window"
+        )
+    if most_files > (limit := open_files_limit()) // 2:
+        raise UserError(
+            f"--data-window {window_shards}: the shards of two windows are kept open, up to {most_files:,}, and this "
+            f"process may open {limit:,} files; use a smaller window, or raise the limit: ulimit -n {4 * most_files}"
         )
 
 

@@ -19,12 +19,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from stylepipe.datasets.fetching import PART_SUFFIX, RetryPolicy, fetch, part_path
+from stylepipe.datasets.fetching import PART_SUFFIX, RetryPolicy, fetch, part_path, stopped
 from stylepipe.datasets.manifest import FileRecord
 from stylepipe.datasets.shard_files import ShardFile
 from stylepipe.datasets.store import Store
@@ -32,6 +34,8 @@ from stylepipe.errors import UserError
 from stylepipe.files import locked
 
 _SPACE_LOCK = ".space.lock"
+_POLL_S = 0.05
+_PATIENCE_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ log = logging.getLogger(__name__)
 class ShardCache:
     """The shards of one remote dataset in a local folder of their own; may be used by several threads.
 
-    A process reads in windows of shards. It announces each window with `prefetch` when it begins the one before, and
+    A process reads in windows of shards. It announces each window with `prefetch` while it reads the one before, and
     the shards of both are kept, as is whatever it has open.
     """
 
@@ -70,15 +74,17 @@ class ShardCache:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._policy = policy
+        self._paths = [folder / record.file for record in shards]
+        self._numbers = {str(path): number for number, path in enumerate(self._paths)}
         self._lock = threading.Lock()
-        self._pins: dict[int, ShardFile] = {}  # of the windows; a shared lock on each keeps the file
         self._windows: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # current, next
-        self._tasks: dict[int, Future[None]] = {}
-        self._queue: deque[tuple[int, Future[None], bool]] = deque()  # shard, its task, wait for its lock
+        self._pins: dict[int, ShardFile] = {}  # of the windows; a shared lock on each keeps the file
+        self._downloads: dict[int, Future[ShardFile]] = {}  # by one thread each; others wait for it
+        self._queue: deque[int] = deque()  # announced, and not begun
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         try:
-            for parent in self._folders():
+            for parent in {folder, *(path.parent for path in self._paths)}:
                 parent.mkdir(parents=True, exist_ok=True)
             with locked(folder / _SPACE_LOCK, needed=True):
                 pass
@@ -95,31 +101,34 @@ class ShardCache:
         with self._lock:
             if shard in self._pins:
                 return self._pins[shard]
-            task = self._tasks.pop(shard, None)
-        # Not begun: it is fetched here, ahead of what else waits. Begun or done: its error is raised here.
-        if task is not None and not task.cancel():
-            task.result()
+            download, stop = self._downloads.get(shard), self._stop
+            if is_new := download is None:
+                download = self._downloads[shard] = Future()
+        if is_new:
+            self._download(shard, download, stop, patience_s=0)
         try:
-            with locked(self._lock_path(shard), needed=True):
-                return self._obtain(shard)
-        except OSError as error:
-            raise _unusable(self._folder, error) from error
+            return download.result()
+        finally:
+            self._forget(shard, download)
 
     def prefetch(self, shards: Collection[int]) -> None:
         """Announce the next window, and download what lacks of it in the background; errors are raised by `open`."""
         with self._lock:
             self._windows = (self._windows[1], frozenset(shards))
             self._release()
-            for shard in [shard for shard, task in self._tasks.items() if not self._is_wanted(shard) and task.cancel()]:
-                del self._tasks[shard]
-            for shard in shards:
-                if shard in self._pins or (shard in self._tasks and not self._tasks[shard].done()):
-                    continue
-                task = self._tasks[shard] = Future()
-                self._queue.append((shard, task, False))
+            self._queue = deque(shard for shard in self._queue if self._is_wanted(shard))
+            for shard in [shard for shard in shards if shard in self._downloads and self._downloads[shard].done()]:
+                del self._downloads[shard]  # it failed before
+        for shard in shards:
+            with suppress(OSError):
+                self._pin(shard)  # what is here shall not make room for what is not
+        with self._lock:
+            self._queue.extend(shard for shard in shards if shard not in self._pins and shard not in self._queue)
             if self._queue and self._thread is None:
                 # A daemon: a download under way is not waited for at exit, and is continued by the next process.
-                self._thread = threading.Thread(target=self._work, name="shard prefetch", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._work, args=(self._stop,), name="shard prefetch", daemon=True
+                )
                 self._thread.start()
 
     def close(self) -> None:
@@ -127,23 +136,13 @@ class ShardCache:
         with self._lock:
             self._stop.set()
             self._stop = threading.Event()
-            for task in self._tasks.values():
-                task.cancel()
-            self._tasks.clear()
+            self._queue.clear()
+            self._downloads.clear()
             self._windows = (frozenset(), frozenset())
             self._release()
             thread = self._thread
         if thread is not None:
             thread.join()
-
-    def _folders(self) -> list[Path]:
-        return sorted({self._folder, *(self._path(shard).parent for shard in range(len(self._shards)))})
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / self._shards[shard].file
-
-    def _lock_path(self, shard: int) -> Path:
-        return self._folder / f"{self._shards[shard].file}.lock"
 
     def _is_wanted(self, shard: int) -> bool:
         return any(shard in window for window in self._windows)
@@ -153,39 +152,68 @@ class ShardCache:
         for shard in [shard for shard in self._pins if not self._is_wanted(shard)]:
             _touch(self._pins.pop(shard))
 
-    def _work(self) -> None:
+    def _work(self, stop: threading.Event) -> None:
         """Download what is queued, in a thread that ends when nothing is left."""
+        put_off: set[int] = set()
         while True:
             with self._lock:
                 if not self._queue:
                     self._thread = None
                     return
-                shard, task, wait = self._queue.popleft()
-            if task.cancelled():
-                continue
-            try:
-                with locked(self._lock_path(shard), wait=wait, needed=True) as held:
-                    if not held:  # another process is at it: take the others first
-                        with self._lock:
-                            self._queue.append((shard, task, True))
-                    elif task.set_running_or_notify_cancel():
-                        self._obtain(shard)
-                        task.set_result(None)
-            except BaseException as error:
-                if task.running() or task.set_running_or_notify_cancel():
-                    task.set_exception(_unusable(self._folder, error) if isinstance(error, OSError) else error)
+                shard = self._queue.popleft()
+            with suppress(OSError):  # which the download will meet as well
+                if shard not in put_off and not self._is_free(shard):  # another process is at it: take the others first
+                    put_off.add(shard)
+                    with self._lock:
+                        self._queue.append(shard)
+                    continue
+            with self._lock:
+                if not self._is_wanted(shard) or shard in self._pins or shard in self._downloads:
+                    continue
+                download = self._downloads[shard] = Future()
+            self._download(shard, download, stop, patience_s=_PATIENCE_S)
+            if download.exception() is None:
+                self._forget(shard, download)
 
-    def _obtain(self, shard: int) -> ShardFile:
-        """Have a shard on disk and open it; the caller holds its lock file."""
-        record = self._shards[shard]
-        path = self._path(shard)
-        stop = self._stop
-        while (file := self._pin(shard)) is None:
-            self._make_room(shard)
-            fetch(
-                self._store, record.file, path, size=record.bytes, sha256=record.sha256, policy=self._policy, stop=stop
-            )
-        return file
+    def _download(self, shard: int, download: Future[ShardFile], stop: threading.Event, patience_s: float) -> None:
+        """Have a shard on disk and open it, or fail; `download` tells which."""
+        record, path = self._shards[shard], self._paths[shard]
+        get = partial(fetch, self._store, record.file, path, size=record.bytes, sha256=record.sha256)
+        try:
+            with self._alone(shard, stop):
+                while (file := self._pin(shard)) is None:
+                    self._make_room(shard, stop, patience_s)
+                    get(policy=self._policy, stop=stop)
+            download.set_result(file)
+        except OSError as error:
+            download.set_exception(_unusable(self._folder, error))
+        except BaseException as error:
+            download.set_exception(error)
+
+    def _forget(self, shard: int, download: Future[ShardFile]) -> None:
+        """Have the next one who asks for a shard begin anew; else its file would stay open."""
+        with self._lock:
+            if self._downloads.get(shard) is download:
+                del self._downloads[shard]
+
+    @contextmanager
+    def _alone(self, shard: int, stop: threading.Event) -> Iterator[None]:
+        """Hold a shard's lock file, waiting for other processes; raise RemoteError when it is to stop meanwhile."""
+        while True:
+            with locked(self._lock_path(shard), wait=False, needed=True) as held:
+                if held:
+                    yield
+                    return
+            if stop.wait(_POLL_S):
+                raise stopped(self._store, self._shards[shard].file)
+
+    def _is_free(self, shard: int) -> bool:
+        with locked(self._lock_path(shard), wait=False, needed=True) as held:
+            return held
+
+    def _lock_path(self, shard: int) -> Path:
+        path = self._paths[shard]
+        return path.with_name(f"{path.name}.lock")
 
     def _pin(self, shard: int) -> ShardFile | None:
         """Open a shard that is on disk, and keep it open while it is in a window; return None if it is not whole."""
@@ -193,7 +221,7 @@ class ShardCache:
             if shard in self._pins:
                 return self._pins[shard]
         try:
-            file = ShardFile(os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC))
+            file = ShardFile(os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
         fcntl.flock(file.descriptor, fcntl.LOCK_SH)
@@ -206,42 +234,52 @@ class ShardCache:
                 self._pins[shard] = file
         return file
 
-    def _make_room(self, shard: int) -> None:
-        """Remove the least recently used shards until this one fits, and reserve its place by its `.part`."""
+    def _make_room(self, shard: int, stop: threading.Event, patience_s: float) -> None:
+        """Remove the least recently used shards until this one fits, and reserve its place by its `.part`.
+
+        What is in use may be let go within `patience_s`: processes do not come to a new window at the same moment.
+        """
         if self._limit_bytes is None:
             return
-        numbers = {str(self._path(number)): number for number in range(len(self._shards))}
-        with locked(self._folder / _SPACE_LOCK, needed=True):
-            found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
-            for entry in chain.from_iterable(map(os.scandir, self._folders())):
-                number = numbers.get(entry.path.removesuffix(PART_SUFFIX), shard)
-                if number == shard:
-                    continue
-                try:
-                    found[number] = (entry.stat().st_mtime_ns, entry.name.endswith(PART_SUFFIX))
-                except FileNotFoundError:  # a part that has become whole since it was listed
-                    found[number] = (time.time_ns(), False)
-            # Parts count whole: they will grow.
-            used = sum(self._shards[number].bytes for number in (shard, *found))
-            for number, (_, is_part) in sorted(found.items(), key=lambda item: item[1]):
-                if used <= self._limit_bytes:
+        last = time.monotonic() + patience_s
+        while True:
+            with locked(self._folder / _SPACE_LOCK, needed=True):
+                excess = self._remove_for(shard, self._limit_bytes)
+                if excess <= 0 or time.monotonic() >= last:
+                    part_path(self._paths[shard]).touch()
                     break
-                if self._remove_part(number) if is_part else _remove_unused(self._path(number)):
-                    used -= self._shards[number].bytes
-            if used > self._limit_bytes:
-                log.warning(
-                    "%s: %d bytes are in use at once, above the limit of %d",
-                    self._folder,
-                    used,
-                    self._limit_bytes,
-                )
-            part_path(self._path(shard)).touch()
+            if stop.wait(_POLL_S):
+                raise stopped(self._store, self._shards[shard].file)
+        if excess > 0:
+            used = self._limit_bytes + excess
+            text = "%s: %d bytes are in use at once, above the limit of %d"
+            log.warning(text, self._folder, used, self._limit_bytes)
+
+    def _remove_for(self, shard: int, limit_bytes: int) -> int:
+        """Remove what nobody uses until a shard fits; return by how many bytes it does not, or a number below 0."""
+        found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
+        for entry in chain.from_iterable(map(os.scandir, {path.parent for path in self._paths})):
+            number = self._numbers.get(entry.path.removesuffix(PART_SUFFIX), shard)
+            if number == shard:
+                continue
+            try:
+                found[number] = (entry.stat().st_mtime_ns, entry.name.endswith(PART_SUFFIX))
+            except FileNotFoundError:  # a part that has become whole since it was listed
+                found[number] = (time.time_ns(), False)
+        # Parts count whole: they will grow.
+        used = sum(self._shards[number].bytes for number in (shard, *found))
+        for number, (_, is_part) in sorted(found.items(), key=lambda item: item[1]):
+            if used <= limit_bytes:
+                break
+            if self._remove_part(number) if is_part else _remove_unused(self._paths[number]):
+                used -= self._shards[number].bytes
+        return used - limit_bytes
 
     def _remove_part(self, shard: int) -> bool:
         """Remove what a killed process left of a shard; return False where it is being downloaded."""
         with locked(self._lock_path(shard), wait=False, needed=True) as held:
             if held:
-                part_path(self._path(shard)).unlink(missing_ok=True)
+                part_path(self._paths[shard]).unlink(missing_ok=True)
             return held
 
 
@@ -255,7 +293,8 @@ def _remove_unused(path: Path) -> bool:
 
 def _touch(file: ShardFile) -> None:
     """Note that a shard is used now; the kernel's own clock for files tells moments within milliseconds not apart."""
-    os.utime(file.descriptor, ns=(time.time_ns(),) * 2)
+    with suppress(PermissionError):  # another user's: its last use is when that one used it
+        os.utime(file.descriptor, ns=(time.time_ns(),) * 2)
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

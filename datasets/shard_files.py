@@ -13,6 +13,7 @@ from stylepipe.datasets.manifest import FileRecord
 
 _SHARE_OF_DESCRIPTORS = 4  # the dataset takes one of so many; networks, sockets and libraries need some as well
 _MOST_OPEN = 4096  # more gain nothing
+_UNLIMITED = 1 << 20
 
 
 class ShardFile:
@@ -89,4 +90,5 @@ class LocalShards:
 
 def open_files_limit() -> int:
     """Return how many files this process may have open at a time."""
-    return os.sysconf("SC_OPEN_MAX")
+    limit = os.sysconf("SC_OPEN_MAX")
+    return limit if limit > 0 else _UNLIMITED

@@ -191,6 +191,8 @@ class ShardDataset:
 
     def check_index(self) -> None:
         """See that the index places every image inside of its shard; raise UserError."""
+        if any(record.samples < 1 for record in self.manifest.shards) or not self.manifest.shards:
+            raise _damaged(self.path, self.manifest, f"{MANIFEST_FILE} names a shard without images, or none at all")
         bounds = np.cumsum([0, *(record.samples for record in self.manifest.shards)])
         if bounds[-1] != len(self):
             raise _damaged(self.path, self.manifest, f"{MANIFEST_FILE} counts {len(self):,} images and others by shard")

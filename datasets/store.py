@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Generator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -38,10 +39,6 @@ _PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs",
 _PIPE = "pipe:"
 _PIPE_BYTES = 1 << 20
 _STDERR_SHOWN = 300  # characters
-
-# Connections of the processes that this one was forked from, kept for good: to collect them is to close them, which
-# would wait for a thread that is not here, and reach into the sockets that the parent still polls.
-_OF_PARENTS: list[Any] = []
 
 # Worth another try though they name a fault of the request: timeout, too early, too many requests.
 _PASSING_STATUSES = {408, 425, 429}
@@ -77,7 +74,7 @@ class RemoteError(UserError):
 
 
 class Store(Protocol):
-    """Where the files of a dataset are. Can be pickled and used after a fork; connections are opened where it reads.
+    """Where the files of a dataset are. May be used by several threads; connects when it is first asked.
 
     Attributes:
         ranged: it can start within a file, so that a download is continued rather than started again.
@@ -143,7 +140,8 @@ class FsspecStore:
     def __init__(self, location: str, stall_s: float = STALL_S) -> None:
         self._location = location
         self._stall_s = stall_s
-        self._connected: tuple[int, Any] | None = None  # process and its file system
+        self._connected: Any = None
+        self._connecting = threading.Lock()
 
     def url(self, name: str) -> str:
         """Return where a file is, for messages."""
@@ -173,9 +171,6 @@ class FsspecStore:
         size: int | None = self._ask("info", name).get("size")
         return size
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_connected": None}
-
     @property
     def _scheme(self) -> str:
         return self._location.partition("://")[0]
@@ -191,21 +186,20 @@ class FsspecStore:
             return getattr(self._file_system(), method)(self._address(name), **arguments)
         except Exception as error:  # every package raises others
             failure = self._failure(name, error)
-        # Not from the cause: its message shows the query string, and worker processes print whole tracebacks.
+        # Not from the cause: its message shows the query string.
         raise failure
 
     def _file_system(self) -> Any:
-        """Return this process's connection: a forked process has the object, but not the thread that serves it."""
-        if self._connected is None or self._connected[0] != os.getpid():
-            _OF_PARENTS.append(self._connected)
-            try:
-                self._connected = (os.getpid(), _connect(self._scheme, self._stall_s))
-            except ImportError as error:
-                raise UserError(
-                    f"{self._scheme}:// cannot be read with the installed packages ({error}); "
-                    "install those that fit: pip install 'stylepipe[remote]'"
-                ) from error
-        return self._connected[1]
+        with self._connecting:
+            if self._connected is None:
+                try:
+                    self._connected = _connect(self._scheme, self._stall_s)
+                except ImportError as error:
+                    raise UserError(
+                        f"{self._scheme}:// cannot be read with the installed packages ({error}); "
+                        "install those that fit: pip install 'stylepipe[remote]'"
+                    ) from error
+            return self._connected
 
     def _failure(self, name: str, error: Exception) -> UserError:
         """Return what a failed request is to the user; the status is somewhere in the chain of exceptions."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -36,12 +37,12 @@ from stylepipe.datasets.order import flips, rank_positions
 from stylepipe.datasets.photos import SkippedPhotoError, read_square
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.reader import Batch
-from stylepipe.datasets.store import RemoteError, open_store, redacted
+from stylepipe.datasets.store import RemoteError, Store, open_store, redacted
 from stylepipe.errors import UserError
 
 _PREFIX = "stream:"
 _PREVIEWED = 32  # photographs
-_BUFFERED = 500  # photographs that a thread shuffles, as files
+_BUFFERED = 256  # photographs that a thread shuffles, as files
 _DECODED_AHEAD = 8  # images of each thread
 _MOST_REFUSED = 1000  # photographs in a row that give no image, or
 _MOST_BROKEN = 10  # shards: then it is no matter of single ones
@@ -107,7 +108,10 @@ class StreamedDataset:
         """Return some of the first images, those that `previewed` allows: [n, R, R, 3] uint8."""
         first = list(islice(self.squares(iter(self.shards), skip_bad=True), max(ids, default=-1) + 1))
         if len(first) <= max(ids, default=-1):
-            raise UserError(f"--data {self._data}: holds {len(first)} photographs of {self._how.res} px or more")
+            raise UserError(
+                f"--data {self._data}: holds {len(first)} photographs of {self._how.res} px or more; expected "
+                f"{_PREVIEWED} at least: name more shards, or prepare them (stylepipe prepare)"
+            )
         return np.stack([first[number].pixels for number in ids])
 
     def squares(
@@ -204,6 +208,8 @@ class StreamReader:
         images = torch.empty((len(squares), resolution, resolution, 3), dtype=torch.uint8, pin_memory=self._pinned)
         np.stack([square.pixels for square in squares], out=images.numpy())
         mirrored = torch.from_numpy(flips(positions, self._seed)) if self._mirror else None
+        if self._pinned and mirrored is not None:
+            mirrored = mirrored.pin_memory()
         bad = tuple(text for square in squares for text in square.bad)
         return Batch(images, torch.zeros(len(squares), 0), torch.from_numpy(positions), mirrored, bad)
 
@@ -212,20 +218,21 @@ def _files(shards: Iterator[str], bad: list[str] | None) -> Iterator[File]:
     """Yield the image files of shards, each with its address; with `bad`, note there what cannot be read."""
     broken = 0
     for address in shards:
+        message = f"{redacted(address)}: holds no images"
         try:
             with closing(_opened(address)) as stream:
                 for member in tar_file_iterator(stream):
                     if PurePosixPath(member["fname"]).suffix.lower() in Image.registered_extensions():
-                        broken = 0
+                        broken, message = 0, ""
                         yield f"{redacted(address)}: {member['fname']}", member["data"]
         except (OSError, EOFError, tarfile.TarError, RemoteError) as error:
-            broken += 1
             message = str(error) if isinstance(error, RemoteError) else f"{redacted(address)}: cannot be read ({error})"
             if bad is None:
                 raise UserError(f"{message}; --on-bad skip goes on with other shards") from error
-            if broken == _MOST_BROKEN:
-                raise UserError(f"{broken} shards in a row cannot be read, the last: {message}") from error
             bad.append(message)
+        broken += bool(message)
+        if broken == _MOST_BROKEN:
+            raise UserError(f"{broken} shards in a row gave no image, the last: {message}")
 
 
 def _opened(address: str) -> io.BufferedIOBase:
@@ -236,11 +243,16 @@ def _opened(address: str) -> io.BufferedIOBase:
     return io.BufferedReader(_RemoteFile(folder + question + query, name), stores.RANGE_BYTES)
 
 
+@lru_cache
+def _store_at(location: str) -> Store:
+    return open_store(location)
+
+
 class _RemoteFile(io.RawIOBase):
     """A file of a store from its beginning to its end, whatever the line does in between."""
 
     def __init__(self, location: str, name: str) -> None:
-        self._store, self._name, self._policy = open_store(location), name, RetryPolicy()
+        self._store, self._name, self._policy = _store_at(location), name, RetryPolicy()
         self._at = 0
         size = self._patiently(lambda: self._store.size(name))
         if size is None:

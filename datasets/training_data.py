@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from stylepipe.datasets.reader import Batch, Reader
@@ -14,7 +14,7 @@ TrainingData = ShardDataset | StreamedDataset
 
 def batches_of(
     data: TrainingData, resolution: int, *, window_shards: int, seed: int, **options: Any
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Return the batches of a run at one resolution.
 
     Args:
@@ -25,5 +25,5 @@ def batches_of(
         options: the other ones of `Reader` and `StreamReader`.
     """
     if isinstance(data, StreamedDataset):
-        return iter(StreamReader(data.level(resolution), seed=seed, **options))
-    return iter(Reader(data.level(resolution), data.order(window_shards, seed), **options))
+        return StreamReader(data.level(resolution), seed=seed, **options).__iter__()
+    return Reader(data.level(resolution), data.order(window_shards, seed), **options).__iter__()

@@ -254,10 +254,12 @@ class Config:
     """Published setting to start from: stylegan2, paper1024, paper256, auto, transfer, stylegan, progan, r3gan, dcgan.
     Default: transfer with --init, else stylegan2 from 512 pixels on, auto below."""
     data_window: int | None = None
-    """Shuffle within windows of this many shards, in another order of shards each epoch; 0: over all images at once.
-    Default: 16 for a location, of which training begins as soon as the first window is here, else 0."""
+    """Shuffle within windows of this many shards, which come in another order each epoch; 0: over all images at once.
+    Default: 16 where --data is the location of a prepared folder, else 0. Training on a location begins when its first
+    window is here; with 0 it is copied whole before."""
     data_cache_gb: float | None = None
-    """Keep at most this much of a location's shards here, in GB. Default: all that have come."""
+    """Keep at most this much of a location's shards in the cache (STYLEPIPE_CACHE), in GB; two windows must fit.
+    Default: all that have come."""
     on_bad: OnBad = "stop"
     """When an image of the data cannot be read: stop, or skip it: another one, drawn from its place, stands in."""
     init: str | None = None

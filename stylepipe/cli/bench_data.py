@@ -28,7 +28,7 @@ from stylepipe.datasets.reader import Reader
 from stylepipe.datasets.shards import ShardDataset, open_dataset
 from stylepipe.errors import UserError
 
-_FILES = 2000  # at most so many images become files of a folder
+_FILES = 256  # images that decoders alone have in memory, and that become files of a temporary folder
 _WARM_UP_BATCHES = 2
 _TASK_PIXELS = 1 << 22  # of decoders alone: so many at a time that handing over costs nothing
 
@@ -145,8 +145,7 @@ def _stylepipe(dataset: ShardDataset, batch_size: int, workers: int) -> Generato
 def _webdataset(dataset: ShardDataset, batch_size: int, workers: int) -> Generator[torch.Tensor, None, None]:
     shards = [str(dataset.path / record.file) for record in dataset.manifest.shards]
     samples = webdataset.WebDataset(shards, resampled=True, shardshuffle=False).shuffle(1000)
-    suffix = "jpg" if dataset.manifest.image_format == "jpeg" else dataset.manifest.image_format
-    images = samples.to_tuple(suffix).map(partial(_first_decoded, resolution=dataset.resolution))
+    images = samples.map(partial(_decoded_sample, resolution=dataset.resolution))
     yield from DataLoader(images, batch_size=batch_size, num_workers=workers)
 
 
@@ -174,8 +173,8 @@ def _write_files(dataset: ShardDataset, folder: Path) -> None:
         dataset.visit(sample, (folder / f"{sample:08d}").write_bytes)
 
 
-def _first_decoded(files: tuple[bytes, ...], resolution: int) -> torch.Tensor:
-    return _decoded(files[0], resolution)
+def _decoded_sample(sample: dict[str, Any], resolution: int) -> torch.Tensor:
+    return _decoded(next(sample[suffix] for suffix in ("jpg", "png", "ppm") if suffix in sample), resolution)
 
 
 def _decoded(data: bytes, resolution: int) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.store import RemoteError
+from stylepipe.datasets.streaming import StreamedDataset
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 
@@ -35,10 +36,14 @@ def real_images(
 
 def read_images(dataset: TrainingData, ids: Sequence[int] | NDArray[np.int64], skip_bad: bool) -> NDArray[np.uint8]:
     """Return images [n, R, R, 3] uint8; with `skip_bad`, those that cannot be read are black."""
-    if not skip_bad:
+    if not skip_bad or isinstance(dataset, StreamedDataset):  # a stream has left them out
         return dataset.read(ids)
     images = np.zeros((len(ids), dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
     for place, sample in enumerate(ids):
-        with suppress(UserError):
+        try:
             images[place] = dataset.read([int(sample)])[0]
+        except RemoteError:
+            raise
+        except UserError:
+            continue
     return images

@@ -20,14 +20,25 @@ def config_mapping(config: Config) -> dict[str, Any]:
 
 
 def changes_since(state: State, config: Config, dataset: TrainingData) -> list[str]:
-    """Return a line for each setting, and each fact of the data, that is not the one that a state was saved with."""
+    """Return a line for each setting that is not the one that a state was saved with, and one if the data is not."""
     before = state.info.get("config", {})
-    lines = changed_settings(before, config_mapping(config))
-    lines += changed_settings(state.info.get("data", {}), dataset.facts, "data.")
+    # A state without it was saved when the order was always over all images.
+    lines = changed_settings({"data_window": 0, **before}, config_mapping(config))
+    data, now = state.info.get("data"), dataset.facts
+    if data is not None and data != now:
+        lines.append(
+            f"the data is not that of the state: {_told(data)} -> {_told(now)}; from here on its images are shown"
+        )
     if config.augment == "ada" == before.get("augment"):
         # The state's p goes on: the option says where a training begins.
         lines = [line for line in lines if " aug.p " not in line]
     return lines
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    """Return the facts of data in a few words."""
+    words = [f"{key} {value[:12] if key == 'digest' else value}" for key, value in facts.items()]
+    return ", ".join(words)
 
 
 def penalties_changed(state: State, config: Config) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -117,6 +117,7 @@ class Trainer:
         self._last = self.stage
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
+        self._data = _nothing()
         self._bad: set[str] = set()  # what has been told of images that cannot be read
         settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config, dataset)
@@ -180,7 +181,8 @@ class Trainer:
         return self.engine.images_seen >= self.total_images
 
     def close(self) -> None:
-        """Let go of terminal, tracker and log."""
+        """Let go of data, terminal, tracker and log."""
+        self._data.close()
         self.progress.close()
         self.tracker.finish()
         if self.log is not None:
@@ -189,7 +191,7 @@ class Trainer:
     def _open_data(self) -> None:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
-        self._data: Iterator[Batch] = iter(())  # first the old one's threads end, and give their memory back
+        self._data.close()  # first the old one's threads end, and give their memory back
         self._data = batches_of(
             self.dataset,
             stage.resolution,
@@ -440,6 +442,10 @@ def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
     wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
     return end_of(schedule, first_image, wanted)
+
+
+def _nothing() -> Generator[Batch, None, None]:
+    yield from ()
 
 
 def _stop(message: str) -> None:

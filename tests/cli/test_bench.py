@@ -55,3 +55,27 @@ def test_bytes_amortise_the_lazy_phases(tmp_path, capsys):
         expected, abs=0.06
     )
     assert expected[1] < expected[0]
+
+
+def test_data_is_timed_beside_the_usual_ways(tmp_path, capsys):
+    assert main(["data", "faces", str(tmp_path / "faces"), "--res", "64", "--count", "24", "--as", "shards"]) == 0
+    path = tmp_path / "data.json"
+    command = ["bench", "data", str(tmp_path / "faces"), "--workers", "1", "--seconds", "0.05", "--repeats", "1"]
+    capsys.readouterr()
+    assert main([*command, "--batch-size", "4", "--json", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "24 images of 64 px; JPEG by " in lines[0]
+    names = ["decoders alone", "stylepipe", "webdataset", "folder"]
+    assert [re.sub(r" {2,}.*", "", line.strip()) for line in lines[1:]] == [f"1 x {name}" for name in names]
+    rates = json.loads(path.read_text())["images_per_second"]
+    assert list(rates) == [f"1 x {name}" for name in names]
+    for line, rate in zip(lines[1:], rates.values(), strict=True):
+        share = rate / rates["1 x decoders alone"]
+        assert line.split()[-3:] == [f"{rate:.1f}", "images/s", f"{share:.1%}"]
+
+
+def test_data_that_cannot_be_timed(tmp_path, capsys):
+    assert main(["bench", "data", str(tmp_path)]) == 2
+    assert "is empty; expected a dataset" in capsys.readouterr().err
+    assert main(["bench", "data", str(tmp_path), "--workers", "0"]) == 2
+    assert "--workers, --batch-size and --seconds" in capsys.readouterr().err

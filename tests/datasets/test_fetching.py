@@ -8,9 +8,11 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty_server import Fault, FaultyServer
@@ -53,7 +55,14 @@ def to(tmp_path: Path) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Give the seconds that were waited, none of them in truth."""
     seconds: list[float] = []
-    monkeypatch.setattr(fetching, "_wait", lambda stop, wait_s: seconds.append(wait_s))
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            seconds.append(timeout)
+            return False
+
+    monkeypatch.setattr(fetching, "threading", SimpleNamespace(Event=Event))
     return seconds
 
 

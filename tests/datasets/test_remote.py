@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from stylepipe.cli.main import main
+from stylepipe.datasets import remote as remote_datasets
 from stylepipe.datasets.cache import dataset_for_training, levels_for_training, windowed_for_training
+from stylepipe.datasets.fetching import RetryPolicy
 from stylepipe.datasets.order import Order
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
@@ -268,6 +271,69 @@ def test_an_image_that_cannot_be_read_is_replaced_from_its_window(shards: Path) 
     assert same(batches, take(local, images, 6, skip_bad=True))
 
 
+def test_a_reader_ends_at_once_while_the_server_stalls(shards: Path) -> None:
+    local = open_dataset(shards)
+    images = local.order(2, seed=3)
+    first = {f"shard-{s:05d}.tar" for s in local.shards_of(images.ranges(0))}
+    with serving(shards) as server:
+        for record in local.manifest.shards:
+            if record.file not in first:
+                server.always[record.file] = faulty_server.Fault(delay_s=0.5)  # five seconds each
+        remote = windowed_for_training(server.url, 16, 2)
+        batches = iter(Reader(remote, images, batch_size=1, workers=4))
+        next(batches)
+        wait_for(lambda: len(server.requests) > len(first) + 3)
+        began = time.monotonic()
+        batches.close()
+        assert time.monotonic() - began < 8, "a piece of each download under way, not all that was begun"
+        assert [name for name in names_of_threads() if name.startswith(("decoding", "shard prefetch"))] == []
+
+
+def names_of_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_a_server_that_is_gone_is_tried_once_for_all_threads(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RetryPolicy.__init__, "__defaults__", (3, 0.2, 0.2))
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 16)
+        server.requests.clear()
+        for record in remote.manifest.shards:
+            server.always[record.file] = faulty_server.Fault(status=503)
+        with pytest.raises(UserError, match=r"HTTP 503 Service Unavailable \(3 tries"):
+            take(remote, remote.order(16, 0), 1, workers=8)
+        tries = len(server.requests)
+    assert tries <= 3 * 10, "each of nine threads at most one shard's tries"
+
+
+def test_whole_copies_and_more_levels_are_found(shards: Path) -> None:
+    with serving(shards) as server:
+        for lowest in (8, 4):
+            remote = windowed_for_training(server.url, 16, 2, levels=lowest)
+            assert remote.level(lowest).resolution == lowest
+        whole = dataset_for_training(server.url, 16, levels=4)
+        server.requests.clear()
+        again = windowed_for_training(server.url, 16, 2, levels=4)
+        assert again.path == whole
+        assert [file_of(request) for request in server.requests] == ["/data/manifest.json"]
+
+
+def test_a_limit_that_holds_all_of_it_is_enough(shards: Path) -> None:
+    total = sum(record.bytes for record in open_dataset(shards).manifest.shards)
+    with serving(shards) as server:
+        windowed_for_training(server.url, 16, 16, total)
+        with pytest.raises(UserError, match="two windows of 16 shards"):
+            windowed_for_training(server.url, 16, 16, total - 1)
+
+
+def test_windows_of_more_shards_than_may_be_open_are_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_datasets, "open_files_limit", lambda: 7)
+    with serving(shards) as server:
+        windowed_for_training(server.url, 16, 1)
+        with pytest.raises(UserError, match=r"--data-window 3: .* up to 6, and this process may open 7 .*ulimit -n 24"):
+            windowed_for_training(server.url, 16, 3)
+
+
 def test_a_limit_below_two_windows_is_refused(shards: Path) -> None:
     with serving(shards) as server, pytest.raises(UserError, match=r"--data-cache-gb 1e-06: two windows of 2 shards"):
         windowed_for_training(server.url, 16, 2, 1000)
@@ -328,8 +394,10 @@ def test_data_that_was_replaced_is_told(
     capsys.readouterr()
     assert main([*common, "--data", str(tmp_path / "other"), "--kimg", "0.016"]) == 0
     told = capsys.readouterr().out
-    assert "changed since the state was saved: data.images 23 -> 22" in told
-    assert "changed since the state was saved: data.digest" in told
+    digest = open_dataset(shards).manifest.digest[:12]
+    assert (
+        f"the data is not that of the state: name photos, images 23, digest {digest} -> name photos, images 22" in told
+    )
 
 
 @pytest.mark.parametrize(

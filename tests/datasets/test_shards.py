@@ -102,6 +102,15 @@ def test_a_manifest_that_counts_otherwise_than_its_shards_is_refused(prepared: P
         open_dataset(prepared)
 
 
+def test_a_manifest_with_an_empty_shard_is_refused(prepared: Path) -> None:
+    path = prepared / "manifest.json"
+    values = json.loads(path.read_text())
+    values["shards"][1]["samples"] = 0
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"manifest\.json names a shard without images"):
+        open_dataset(prepared)
+
+
 def test_images_of_another_size_than_the_manifest_says_are_told_at_once(prepared: Path) -> None:
     dataset = open_dataset(prepared)
     dataset.check_headers()

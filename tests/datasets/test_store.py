@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import pickle
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -204,29 +203,19 @@ def test_a_proxy_of_the_environment(server: FaultyServer, monkeypatch: pytest.Mo
     assert server.requests[-1].path == "http://data.example/faces/a.tar"
 
 
-def test_a_store_goes_to_other_processes(web: Store) -> None:
-    assert web.read("a.tar", 0, 9) == CONTENT[:9]  # connected
-    pickled = pickle.dumps(web)
-    assert b"fsspec" not in pickled, "a connection stays where it is"
-    assert pickle.loads(pickled).read("a.tar", 3, 9) == CONTENT[3:9]
+def test_threads_share_a_connection(server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    web, made = open_store(server.url, stall_s=20), []
+    connect = stores._connect
+    monkeypatch.setattr(stores, "_connect", lambda *args: made.append(args) or connect(*args))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda start: web.read("a.tar", start, 9), range(8))) == [CONTENT[i:9] for i in range(8)]
+    assert len(made) == 1
+
+
+def test_an_error_goes_to_other_processes(web: Store) -> None:
     error = refusal(web, "gone.tar")
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.status, copy.retry) == (str(error), 404, False)
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_store_is_used_after_a_fork(server: FaultyServer) -> None:
-    web = open_store(server.url, stall_s=20)
-    assert web.read("a.tar", 0, 9) == CONTENT[:9]
-    child = multiprocessing.get_context("fork").Process(target=_read_or_die, args=(web,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert web.read("a.tar", 0, 9) == CONTENT[:9], "the child left the parent's connection alone"
-
-
-def _read_or_die(store: Store) -> None:
-    os._exit(0 if store.read("a.tar", 0, 9) == CONTENT[:9] else 2)
 
 
 @pytest.mark.parametrize("location", ["/data/faces", "ftp://host/x", "faces", "http://", "s3:///", "pipe: "])

@@ -141,8 +141,11 @@ def test_streams_of_nothing_end(tars: Path) -> None:
     with pytest.raises(UserError, match=r"1,000 photographs in a row left out, the last: .*smaller than 16 px \(8x8\)"):
         take(1, only)
     (tars / "set-000.tar").write_bytes(b"x" * 1024)
-    with pytest.raises(UserError, match=r"10 shards in a row cannot be read, the last: .*set-000\.tar"):
+    with pytest.raises(UserError, match=r"10 shards in a row gave no image, the last: .*set-000\.tar: cannot be read"):
         take(1, only, skip_bad=True)
+    write_tar(tars / "set-000.tar", {"a.txt": b"a caption", "b.txt": b"another"})
+    with pytest.raises(UserError, match=r"10 shards in a row gave no image, the last: .*set-000\.tar: holds no images"):
+        take(1, only)
     with pytest.raises(UserError, match=r"no such file: .*none-001\.tar; expected tar files"):
         StreamedDataset(f"stream:{tars}/none-{{001..002}}.tar", RES)
 
