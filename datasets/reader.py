@@ -126,7 +126,9 @@ class Reader:
 
     def _decoded(self, firsts: Iterator[int]) -> Generator[_Share, None, None]:
         stop = _Stop()
-        pool = ThreadPoolExecutor(self.workers, "decoding")
+        # Bare pixels are all Python and no decoder: a second thread makes it slower (docs/performance.md).
+        threads = 1 if self.dataset.manifest.image_format == "ppm" else self.workers
+        pool = ThreadPoolExecutor(threads, "decoding")
         in_share = self.batch_size // self.world_size
         in_task = max(1, min(_TASK_PIXELS // self.dataset.resolution**2, in_share))
         parts = [range(in_share)[start : start + in_task] for start in range(0, in_share, in_task)]
@@ -135,7 +137,7 @@ class Reader:
             share = _Share(self, first, images, stop)
             return share, [pool.submit(share.decode, part) for part in parts]
 
-        ahead = 2 + _TASKS_AHEAD * self.workers // len(parts)
+        ahead = 2 + _TASKS_AHEAD * threads // len(parts)
         # Memory is asked for by this thread: it has the process's device, and an allocator that keeps what is freed.
         under_way = deque(pool.submit(begun, first, self._empty()) for first in islice(firsts, ahead))
         tasks: list[Future[None]] = []

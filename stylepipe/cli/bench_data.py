@@ -72,7 +72,7 @@ def bench_data(options: Data) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         _write_files(dataset, Path(folder))
         ways: dict[str, Callable[[int], Generator[Any, None, None]]] = {
-            "decoders alone": partial(_decoders, dataset),
+            "decoders alone": partial(_decoders, dataset, options.batch_size),
             "stylepipe": partial(_stylepipe, dataset, options.batch_size),
             "webdataset": partial(_webdataset, dataset, options.batch_size),
             "folder": partial(_folder, Path(folder), dataset.resolution, options.batch_size),
@@ -111,18 +111,17 @@ def _rate(batches: Generator[Any, None, None], seconds: float) -> float:
     return images / elapsed
 
 
-def _decoders(dataset: ShardDataset, threads: int) -> Generator[int, None, None]:
-    """Decode images whose files are in memory; yield how many at a time."""
+def _decoders(dataset: ShardDataset, batch_size: int, threads: int) -> Generator[int, None, None]:
+    """Decode images whose files are in memory, into batches that are used again; yield how many at a time."""
     files: list[bytes] = []
     for sample in range(min(len(dataset), _FILES)):
         dataset.visit(sample, files.append)
-    shape = (dataset.resolution, dataset.resolution, 3)
+    batches = np.zeros((2 * threads * batch_size, dataset.resolution, dataset.resolution, 3), dtype=np.uint8)
     in_task = max(1, _TASK_PIXELS // dataset.resolution**2)
 
     def decode(first: int) -> int:
-        out = np.empty(shape, dtype=np.uint8)
         for number in range(first, first + in_task):
-            decode_into(files[number % len(files)], out)
+            decode_into(files[number % len(files)], batches[number % len(batches)])
         return in_task
 
     with ThreadPoolExecutor(threads) as pool:
