@@ -43,6 +43,7 @@ from stylepipe.errors import UserError
 log = logging.getLogger(__name__)
 
 _SKIPS_FILE, _COPIES_FILE = "skips.partial", "copies.partial"
+_NAMED = 8  # files of a task whose worker was killed
 
 
 def prepare(
@@ -202,7 +203,13 @@ def _converted(
     size = min(task_size(how.res), max(1, -(-len(files) // workers)))
     points = {} if landmarks is None else landmarks.of_file
     tasks = [[(name, points.get(name)) for name in files[r.start : r.stop]] for r in in_tasks(len(files), size)]
-    yield from chain.from_iterable(map_in_order(convert, tasks, min(workers, len(tasks))))
+    yield from chain.from_iterable(map_in_order(convert, tasks, min(workers, len(tasks)), _names_in))
+
+
+def _names_in(task: Sequence[tuple[str, Points | None]]) -> str:
+    """Return the files of a task, the first of many."""
+    names = ", ".join(printable(name) for name, _ in task[:_NAMED])
+    return names if len(task) <= _NAMED else f"{names} and {len(task) - _NAMED} more"
 
 
 def _convert(

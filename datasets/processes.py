@@ -73,10 +73,16 @@ def in_tasks(count: int, size: int) -> list[range]:
     return [range(a, b) for a, b in pairwise([*range(0, count, size), count])]
 
 
-def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def map_in_order(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: int,
+    name: Callable[[Task], str] | None = None,
+) -> Iterator[Result]:
     """Yield function(task) for each task, in order, computed by `workers` processes (1: in this one).
 
-    At most a few tasks per worker are under way or waiting at any time. `function` must be importable.
+    At most a few tasks per worker are under way or waiting at any time. `function` must be importable. `name` says what
+    a task is about, for the error where a process was killed.
     """
     if workers <= 1:
         yield from map(function, tasks)
@@ -85,22 +91,26 @@ def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], work
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     tasks = iter(tasks)
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Task, Future[Result]]] = deque()
 
     def submit(count: int) -> None:
         with _signals_held():  # submitting may start a process
-            pending.extend(executor.submit(function, task) for task in islice(tasks, count))
+            pending.extend((task, executor.submit(function, task)) for task in islice(tasks, count))
 
     try:
         submit(workers * _PENDING_PER_WORKER)
         while pending:
-            result = pending.popleft().result()
+            result = pending[0][1].result()
+            pending.popleft()
             submit(1)
             yield result
     except BrokenProcessPool as error:
+        broken = (task for task, future in pending if future.done() and future.exception() is not None)
+        at_work = [] if name is None else [name(task) for task in islice(broken, workers)]
         raise UserError(
             f"one of {workers} worker processes was killed, most likely for want of memory; "
-            "use fewer workers (--workers)"
+            f"use fewer workers (--workers)"
+            + (f", or take out the file that does it, one of: {'; '.join(at_work)}" if at_work else "")
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

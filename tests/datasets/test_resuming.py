@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def test_a_killed_worker_gives_one_message(many_photos: Path, tmp_path: Path) ->
         assert process.stderr is not None
         message = process.stderr.read()
     assert message.startswith("error: one of 2 worker processes was killed")
+    assert re.search(r"or take out the file that does it, one of: \d+\.png, ", message), message
     assert "Traceback" not in message
     assert {path.name for path in tmp_path.iterdir()} == {"many"}
 
