@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -380,6 +381,31 @@ def test_a_run_on_windows_resumes_to_the_bit_and_grows(shards: Path, tmp_path: P
 
 
 RUNS = ("straight", "resumed", "local")
+
+
+@pytest.mark.slow
+def test_two_real_processes_read_windows_through_one_cache(shards: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    small = ["--res", "16", "--batch-size", "8", "--tracker", "none", "--augment", "none", "--data-window", "2"]
+    small += ["--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    states = []
+    with serving(shards) as server:
+        for data, workers, kimgs in ((server.url, "1", ("0.024", "0.064")), (str(shards), "0", ("0.064",))):
+            out = tmp_path / f"run{workers}"
+            for kimg in kimgs:  # 64 images are nearly three epochs
+                options = ["--data", data, "--workers", workers, "--kimg", kimg, "--out", str(out)]
+                command = [*launch, str(TRAIN), *small, *options]
+                result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+                assert result.returncode == 0, result.stderr
+                assert "2 processes" in result.stdout
+            states.append(file_sha256(out / "state-000000.064" / "state.safetensors"))
+        asked = [file for file in map(file_of, server.requests) if file.endswith(".tar")]
+    assert states[0] == states[1], "remote, stopped and resumed, against local in one piece"
+    assert len(asked) == len(set(asked)), "the processes have downloaded each shard once between them"
+
+
+TRAIN = Path(__file__).parents[2] / "launch" / "train.py"
 
 
 def test_data_that_was_replaced_is_told(
