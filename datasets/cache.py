@@ -21,7 +21,7 @@ from stylepipe.datasets.photos import printable
 from stylepipe.datasets.preparation import Preparation, check_resolution
 from stylepipe.datasets.prepare import prepare, tool_versions
 from stylepipe.datasets.remote import RemoteDataset, is_remote
-from stylepipe.datasets.shards import ShardDataset, is_prepared, open_dataset, stored_levels
+from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
@@ -130,8 +130,15 @@ def windowed_for_training(
     whole = cache_folder() / "datasets" / _remote_key(remote, levels, "remote")
     if is_prepared(whole):
         return open_dataset(whole, resolution, None if levels is None else levels_for_training(whole, levels))
-    download = partial(remote.download, levels=levels, shards=False)
-    folder = _built_once(_remote_key(remote, levels, "windows"), download)
+    key, index = _remote_key(remote, None, "windows"), partial(remote.download, shards=False)
+    folder = _built_once(key, index, doing="copying the index")
+    if levels is not None:
+        needed = set(level_resolutions(resolution, levels))
+
+        def has_levels(built: Path) -> bool:
+            return needed <= set(stored_levels(built / LEVELS_FOLDER))
+
+        _built_once(key, partial(remote.add_levels, levels=levels), has_levels, "copying the indices of its levels")
     return remote.windowed(folder, window_shards, limit_bytes)
 
 
@@ -156,7 +163,8 @@ def cache_folder() -> Path:
 def _downloaded(location: str, resolution: int, labels: bool, levels: int | None) -> Path:
     """Return the copy of a remote dataset in the cache."""
     remote = _open_remote(location, resolution, labels)
-    return _built_once(_remote_key(remote, levels, "remote"), partial(remote.download, levels=levels))
+    key, download = _remote_key(remote, levels, "remote"), partial(remote.download, levels=levels)
+    return _built_once(key, download, doing="copying data once")
 
 
 def _open_remote(location: str, resolution: int, labels: bool) -> RemoteDataset:
@@ -211,7 +219,12 @@ def _options_stamp(*options: object) -> bytes:
     return json.dumps([FORMAT_VERSION, tool_versions(), *options]).encode()
 
 
-def _built_once(key: str, build: Callable[[Path], object], is_built: Callable[[Path], bool] = is_prepared) -> Path:
+def _built_once(
+    key: str,
+    build: Callable[[Path], object],
+    is_built: Callable[[Path], bool] = is_prepared,
+    doing: str = "preparing data once",
+) -> Path:
     """Return the folder `key` of the cache, built by one process while the others wait."""
     folder = cache_folder() / "datasets" / key
     if is_built(folder):
@@ -220,7 +233,7 @@ def _built_once(key: str, build: Callable[[Path], object], is_built: Callable[[P
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(f"{key}.lock")):
             if not is_built(folder):
-                log.info("preparing data once, into %s", folder)
+                log.info("%s, into %s", doing, folder)
                 build(folder)
     except OSError as error:
         raise UserError(

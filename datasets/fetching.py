@@ -8,15 +8,18 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from stylepipe.datasets.store import RemoteError, Store
 from stylepipe.errors import UserError
 from stylepipe.files import flush_entry
+
+T = TypeVar("T")
 
 PART_SUFFIX = ".part"
 
@@ -88,7 +91,7 @@ def fetch(
                 part.unlink()
                 raise RemoteError(
                     f"{store.url(name)}: the remote file differs from the manifest (SHA-256 {found[:12]}... instead of "
-                    f"{sha256[:12]}..., twice); copy the dataset there again",
+                    f"{sha256[:12]}..., twice); copy the dataset there again, or start anew if it has been replaced",
                     retry=False,
                 )
         os.replace(part, to)
@@ -98,6 +101,19 @@ def fetch(
             f"{to}: cannot be written ({error.strerror or error}); make room, name another place (STYLEPIPE_CACHE), or "
             f"let less of the data be here at a time (--data-cache-gb)"
         ) from error
+
+
+def patiently(ask: Callable[[], T], policy: RetryPolicy) -> T:
+    """Return what a request gives, tried again as the policy says; raise RemoteError."""
+    failures = 0
+    while True:
+        try:
+            return ask()
+        except RemoteError as error:
+            failures += 1
+            if not error.retry or failures >= policy.tries:
+                raise
+            time.sleep(policy.wait_s(failures, error))
 
 
 def part_path(to: Path) -> Path:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from functools import partial
 from itertools import count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ _ATTEMPTS = 10  # images that cannot be read one after the other: then it is no 
 _TASK_PIXELS = 1 << 18  # pixels that a thread decodes at a time: small images are not worth a hand-over each
 _TASKS_AHEAD = 2  # per thread, besides those of the batch that is next
 _CLOSED_EVERY_S = 0.01
+_TOLD_EVERY_S = 1.0
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -70,6 +74,8 @@ class Reader:
         skip_bad: where an image cannot be read, put another in its place, drawn from the position, and do not raise.
         workers: threads that decode, ahead of what is asked for; 0 decodes in the thread that asks for a batch.
         device: where batches go.
+        waiting: is called about once a second while workers have no batch ready, with the seconds so far; what it
+            raises ends the iteration.
 
     Raises:
         UserError: an indivisible batch size; in iterating: an image or a shard that cannot be read.
@@ -88,6 +94,7 @@ class Reader:
         skip_bad: bool = False,
         workers: int = 0,
         device: torch.device | None = None,
+        waiting: Callable[[float], None] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"--batch-size {batch_size}: expected a multiple of {world_size} (processes)")
@@ -104,6 +111,7 @@ class Reader:
         self.skip_bad = skip_bad
         self.workers = workers
         self.device = device or torch.device("cpu")
+        self.waiting = waiting
 
     def __iter__(self) -> Generator[Batch, None, None]:
         window = self._announce(self.start, None)
@@ -143,9 +151,9 @@ class Reader:
         tasks: list[Future[None]] = []
         try:
             while True:
-                share, tasks = under_way.popleft().result()
+                share, tasks = self._result(under_way.popleft())
                 for task in tasks:
-                    task.result()
+                    self._result(task)
                 yield share
                 under_way.append(pool.submit(begun, next(firsts), self._empty()))
         finally:
@@ -160,6 +168,10 @@ class Reader:
             pool.shutdown()
             self.dataset.close()
 
+    def _result(self, task: Future[T]) -> T:
+        patient(partial(_see_done, task), TimeoutError, self.waiting)
+        return task.result()
+
     def _empty(self) -> Tensor:
         side = self.dataset.resolution
         shape = (self.batch_size // self.world_size, side, side, 3)
@@ -173,6 +185,22 @@ class Reader:
         for number in range(window if before is None else before + 2, window + 2):
             self.dataset.prefetch(self.order.ranges(number))
         return window
+
+
+def patient(take: Callable[[float], T], nothing: type[Exception], waiting: Callable[[float], None] | None) -> T:
+    """Return what `take` gives within the seconds it is passed; tell `waiting` each time it raises `nothing`."""
+    since = time.monotonic()
+    while True:
+        try:
+            return take(_TOLD_EVERY_S)
+        except nothing:
+            if waiting is not None:
+                waiting(time.monotonic() - since)
+
+
+def _see_done(task: Future[Any], timeout_s: float) -> None:
+    if not wait([task], timeout_s).done:
+        raise TimeoutError
 
 
 class _Stop(threading.Event):

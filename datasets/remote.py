@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from stylepipe.datasets.fetching import fetch
+from stylepipe.datasets.fetching import RetryPolicy, fetch, patiently
 from stylepipe.datasets.levels import level_resolutions
 from stylepipe.datasets.manifest import LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.datasets.resuming import resumable_folder
@@ -23,12 +23,14 @@ from stylepipe.datasets.shards import (
     LEVELS_FOLDER,
     ShardDataset,
     file_sha256,
+    is_prepared,
     level_folder,
     load_manifest,
     stored_levels,
 )
 from stylepipe.datasets.store import RemoteError, Store, open_store
 from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class RemoteDataset:
         try:
             self.manifest = _read_manifest(self._store, MANIFEST_FILE)
         except RemoteError as error:
-            raise UserError(f"{error}; expected a dataset that `stylepipe prepare` made at --data") from error
+            expected = "expected a dataset that `stylepipe prepare` made at --data"
+            raise UserError(f"{error}; {expected}, on a server that can be reached") from error
 
     @property
     def c_dim(self) -> int:
@@ -92,6 +95,19 @@ class RemoteDataset:
                         log.info("downloading %s (%.0f MB)", folder + record.file, record.bytes / 1e6)
                         fetch(self._store, folder + record.file, target, size=record.bytes, sha256=record.sha256)
                 (work.folder / folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+    def add_levels(self, folder: Path, levels: int) -> None:
+        """Copy the indices of the stored levels from a resolution up into a folder from `download` without shards."""
+        for within, manifest in self._parts(levels):
+            target = folder / within
+            if within and not is_prepared(target):
+                target.mkdir(parents=True, exist_ok=True)
+                for record in manifest.side_files():
+                    fetch(
+                        self._store, within + record.file, target / record.file, size=record.bytes, sha256=record.sha256
+                    )
+                with atomic_path(target / MANIFEST_FILE) as path:
+                    path.write_text(manifest.to_json(), encoding="utf-8")
 
     def windowed(self, folder: Path, window_shards: int, limit_bytes: int | None) -> WindowedDataset:
         """Return the dataset, with shards that come into `folder` when they are needed.
@@ -142,6 +158,8 @@ class WindowedDataset(ShardDataset):
         super().__init__(folder, manifest, shards=_Part(cache, parts[manifest.resolution]))
         self._cache, self._parts = cache, parts
 
+    waits = True
+
     @property
     def previewed(self) -> range:
         """The images of the first shard."""
@@ -172,6 +190,9 @@ class _Part(NamedTuple):
     def prefetch(self, shards: Collection[int]) -> None:
         self.cache.prefetch([self.first + shard for shard in shards])
 
+    def renew(self, shard: int, damaged: ShardFile) -> bool:
+        return self.cache.renew(self.first + shard, damaged)
+
     def close(self) -> None:
         self.cache.close()
 
@@ -201,7 +222,7 @@ def _check_windows(levels: Sequence[ShardDataset], window_shards: int, limit_byt
     if limit_bytes is not None and limit_bytes < most_bytes:
         raise UserError(
             f"--data-cache-gb {limit_bytes / GB:g}: two windows of {window_shards} shards, one to read and one to "
-            f"come, take up to {most_bytes / GB:.3g}; allow that much, or use a smaller --data-window"
+            f"come, take up to {most_bytes / GB:.3g} GB; allow that much, or use a smaller --data-window"
         )
     if most_files > (limit := open_files_limit()) // 2:
         raise UserError(
@@ -212,7 +233,7 @@ def _check_windows(levels: Sequence[ShardDataset], window_shards: int, limit_byt
 
 def _read_manifest(store: Store, name: str) -> Manifest:
     try:
-        return Manifest.from_json(store.read(name).decode())
+        return Manifest.from_json(patiently(lambda: store.read(name), RetryPolicy(tries=3)).decode())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise

@@ -79,6 +79,7 @@ class ShardCache:
         self._lock = threading.Lock()
         self._windows: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())  # current, next
         self._pins: dict[int, ShardFile] = {}  # of the windows; a shared lock on each keeps the file
+        self._renewed: dict[int, int] = {}  # the damaged file's number
         self._downloads: dict[int, Future[ShardFile]] = {}  # by one thread each; others wait for it
         self._queue: deque[int] = deque()  # announced, and not begun
         self._thread: threading.Thread | None = None
@@ -87,7 +88,8 @@ class ShardCache:
             for parent in {folder, *(path.parent for path in self._paths)}:
                 parent.mkdir(parents=True, exist_ok=True)
             with locked(folder / _SPACE_LOCK, needed=True):
-                pass
+                if limit_bytes is not None:
+                    self._remove_for(None, limit_bytes)
         except OSError as error:
             raise _unusable(folder, error) from error
 
@@ -130,6 +132,21 @@ class ShardCache:
                     target=self._work, args=(self._stop,), name="shard prefetch", daemon=True
                 )
                 self._thread.start()
+
+    def renew(self, shard: int, damaged: ShardFile) -> bool:
+        """Remove a shard whose file was damaged here, so that it is downloaded again; False: it is one that came so."""
+        found = os.fstat(damaged.descriptor).st_ino
+        with self._lock:
+            if shard in self._renewed and self._renewed[shard] != found:
+                return False
+            if shard not in self._renewed:
+                self._renewed[shard] = found
+                self._pins.pop(shard, None)
+                log.warning("%s: is damaged; downloading it again", self._paths[shard])
+                with suppress(FileNotFoundError):
+                    if self._paths[shard].stat().st_ino == found:
+                        self._paths[shard].unlink()
+        return True
 
     def close(self) -> None:
         """Stop downloading and let go of all shards; using the cache takes them up again, and goes on where it was."""
@@ -255,19 +272,19 @@ class ShardCache:
             text = "%s: %d bytes are in use at once, above the limit of %d"
             log.warning(text, self._folder, used, self._limit_bytes)
 
-    def _remove_for(self, shard: int, limit_bytes: int) -> int:
-        """Remove what nobody uses until a shard fits; return by how many bytes it does not, or a number below 0."""
+    def _remove_for(self, shard: int | None, limit_bytes: int) -> int:
+        """Remove what nobody uses until a shard, if any, fits; return by how many bytes it does not, or less than 0."""
         found: dict[int, tuple[int, bool]] = {}  # shard: its last use, whether it is a part
         for entry in chain.from_iterable(map(os.scandir, {path.parent for path in self._paths})):
-            number = self._numbers.get(entry.path.removesuffix(PART_SUFFIX), shard)
-            if number == shard:
+            number = self._numbers.get(entry.path.removesuffix(PART_SUFFIX))
+            if number is None or number == shard:
                 continue
             try:
                 found[number] = (entry.stat().st_mtime_ns, entry.name.endswith(PART_SUFFIX))
             except FileNotFoundError:  # a part that has become whole since it was listed
                 found[number] = (time.time_ns(), False)
         # Parts count whole: they will grow.
-        used = sum(self._shards[number].bytes for number in (shard, *found))
+        used = sum(self._shards[number].bytes for number in (*found, *([] if shard is None else [shard])))
         for number, (_, is_part) in sorted(found.items(), key=lambda item: item[1]):
             if used <= limit_bytes:
                 break

@@ -45,6 +45,10 @@ class Shards(Protocol):
         """Announce that these will be asked for after those that were announced before."""
         ...
 
+    def renew(self, shard: int, damaged: ShardFile) -> bool:
+        """Have a shard brought again of which this file is damaged; return False where that would not help."""
+        ...
+
     def close(self) -> None:
         """Let go of all; using it opens them again."""
         ...
@@ -81,6 +85,11 @@ class LocalShards:
 
     def prefetch(self, shards: Collection[int]) -> None:
         """Do nothing: they are here."""
+
+    def renew(self, shard: int, damaged: ShardFile) -> bool:
+        """Return False: there is no other."""
+        del shard, damaged
+        return False
 
     def close(self) -> None:
         """See `Shards.close`."""

@@ -18,6 +18,7 @@ faster and lets the order of the data be a pure function of the position (see or
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from stylepipe.datasets.decoding import check_header, decode_into
 from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LEVEL_OF, MANIFEST_FILE, Manifest
 from stylepipe.datasets.order import GlobalOrder, Order, WindowOrder
-from stylepipe.datasets.shard_files import LocalShards, Shards
+from stylepipe.datasets.shard_files import LocalShards, ShardFile, Shards
 from stylepipe.errors import UserError
 
 INDEX_DTYPE_V1 = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
@@ -77,6 +78,9 @@ class ShardDataset:
         """Height and width of every image, in pixels."""
         return self.manifest.resolution
 
+    waits = False
+    """Reading may have to wait for a server."""
+
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes that labels are of, if they are."""
@@ -119,11 +123,21 @@ class ShardDataset:
     def visit(self, sample: int, use: Callable[[bytes], object]) -> None:
         """Pass the bytes of an image's file on; raise UserError naming it if it cannot be read, or `use` raises."""
         shard, size, offset, _, *crc = self._index[sample].item()
-        try:
-            data = self.shards.open(shard).read(size, offset)
+
+        def attempt(file: ShardFile) -> None:
+            data = file.read(size, offset)
             if crc and zlib.crc32(data) != crc[0]:
                 raise ValueError("its bytes are not those that were stored")
             use(data)
+
+        try:
+            file = self.shards.open(shard)
+            try:
+                attempt(file)
+            except Exception:
+                if not self.shards.renew(shard, file):
+                    raise
+                attempt(self.shards.open(shard))
         except (MemoryError, UserError):
             raise
         except Exception as error:  # decoders raise many types on damaged data
@@ -271,7 +285,8 @@ def load_manifest(path: str | Path) -> Manifest:
     """Read the manifest of a prepared folder; raise UserError saying what the folder is instead."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such folder; expected a dataset made by `stylepipe prepare`")
+        here = " on this machine; only training takes a location" if re.match(r"\w{2,}:/", str(path)) else ""
+        raise UserError(f"{path}: no such folder; expected a dataset made by `stylepipe prepare`{here}")
     if not path.is_dir():
         raise UserError(f"{path}: is a file; expected a folder made by `stylepipe prepare`")
     try:

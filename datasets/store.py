@@ -334,7 +334,10 @@ async def _check_answer(response: ClientResponse) -> None:
         raise _HttpError(status, headers, f"the server sent bytes from {sent[1]} on where {asked[1]} was asked for")
     if sent is not None and asked[2] and int(sent[2]) < int(asked[2]):
         size = int(sent[2]) + 1
-        remedy = f"the remote file has {size:,} bytes, fewer than the manifest says; copy the dataset there again"
+        remedy = (
+            f"the remote file has {size:,} bytes, fewer than the manifest says; copy the dataset there again, or start "
+            f"anew if it has been replaced"
+        )
         raise _HttpError(status, headers, remedy)
 
 

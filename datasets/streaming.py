@@ -13,7 +13,6 @@ import queue
 import random
 import tarfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
@@ -31,12 +30,12 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tar_file_iterator
 
 from stylepipe.datasets import store as stores
-from stylepipe.datasets.fetching import RetryPolicy
+from stylepipe.datasets.fetching import RetryPolicy, patiently
 from stylepipe.datasets.levels import box_averages
 from stylepipe.datasets.order import flips, rank_positions
 from stylepipe.datasets.photos import SkippedPhotoError, read_square
 from stylepipe.datasets.preparation import Preparation
-from stylepipe.datasets.reader import Batch
+from stylepipe.datasets.reader import Batch, patient
 from stylepipe.datasets.store import RemoteError, Store, open_store, redacted
 from stylepipe.errors import UserError
 
@@ -64,6 +63,7 @@ class StreamedDataset:
             a series and, of paths, with * and ?.
         resolution: of the photographs' squares, in pixels.
         level: box-averaged to this one; default: not at all.
+        skip_bad: a look at the data leaves out what cannot be read.
 
     Attributes:
         name: of the data, for run directories.
@@ -75,14 +75,21 @@ class StreamedDataset:
 
     classes: tuple[str, ...] | None = None
     c_dim = 0
+    waits = True
     previewed = range(_PREVIEWED)
 
-    def __init__(self, data: str, resolution: int, level: int | None = None) -> None:
-        self._data, self._how = data, Preparation(resolution)
+    def __init__(self, data: str, resolution: int, level: int | None = None, skip_bad: bool = False) -> None:
+        self._data, self._how, self._skip_bad = data, Preparation(resolution), skip_bad
         self.resolution = level or resolution
         self.shards: list[str] = []
         for address in expand_urls(data.removeprefix(_PREFIX)):
-            found = [address] if "://" in address else sorted(glob(address))
+            if address.startswith("pipe:") or ("://" in address and "*" in address):
+                raise UserError(
+                    f"--data {redacted(data)}: streams are read from paths, with * and {{000..099}}, or from "
+                    f"http(s)://, s3://, gs:// and hf:// addresses, with {{000..099}}"
+                )
+            pattern = f"{address}/*.tar" if Path(address).is_dir() else address
+            found = [address] if "://" in address else sorted(glob(pattern))
             if not found:
                 raise UserError(
                     f"--data {data}: no such file: {address}; expected tar files, as faces-{{000..099}}.tar"
@@ -93,7 +100,7 @@ class StreamedDataset:
     @property
     def summary(self) -> str:
         """What it holds, in words."""
-        return f"a stream of {len(self.shards)} shards"
+        return f"a stream of {len(self.shards)} shard{'s'[: len(self.shards) > 1]}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -102,20 +109,27 @@ class StreamedDataset:
 
     def level(self, resolution: int) -> StreamedDataset:
         """Return the same photographs at a smaller resolution."""
-        return StreamedDataset(self._data, self._how.res, resolution)
+        return StreamedDataset(self._data, self._how.res, resolution, self._skip_bad)
 
     def read(self, ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """Return some of the first images, those that `previewed` allows: [n, R, R, 3] uint8."""
-        first = list(islice(self.squares(iter(self.shards), skip_bad=True), max(ids, default=-1) + 1))
+        left_out: list[str] = []
+        squares = self.squares(iter(self.shards), self._skip_bad, left_out=left_out)
+        first = list(islice(squares, max(ids, default=-1) + 1))
         if len(first) <= max(ids, default=-1):
             raise UserError(
-                f"--data {self._data}: holds {len(first)} photographs of {self._how.res} px or more; expected "
+                f"--data {redacted(self._data)}: gives {len(first)} images of {self._how.res} px; expected "
                 f"{_PREVIEWED} at least: name more shards, or prepare them (stylepipe prepare)"
+                + (f"; left out, for instance: {left_out[-1]}" if left_out else "")
             )
         return np.stack([first[number].pixels for number in ids])
 
     def squares(
-        self, shards: Iterator[str], skip_bad: bool, shuffled: Callable[[Iterator[File]], Iterator[File]] = iter
+        self,
+        shards: Iterator[str],
+        skip_bad: bool,
+        shuffled: Callable[[Iterator[File]], Iterator[File]] = iter,
+        left_out: list[str] | None = None,
     ) -> Generator[Square, None, None]:
         """Yield the images of the photographs in shards.
 
@@ -123,6 +137,7 @@ class StreamedDataset:
             shards: addresses, one after the other.
             skip_bad: leave out what cannot be read, and say so with the next image.
             shuffled: changes the order of the photographs' files.
+            left_out: is told of everything that gives no image.
 
         Raises:
             UserError: a shard or a photograph cannot be read, or none is large enough.
@@ -142,12 +157,16 @@ class StreamedDataset:
                     raise UserError(text) from error
                 if error.reason == "unreadable":
                     bad.append(message)
+                if left_out is not None:
+                    left_out.append(message)
                 continue
             refused = 0
             if self.resolution != len(pixels):
                 pixels = next(level for level in box_averages(pixels) if len(level) == self.resolution)
             yield Square(pixels, tuple(bad))
             bad.clear()
+        if left_out is not None:
+            left_out += bad
 
 
 class Square(NamedTuple):
@@ -176,7 +195,9 @@ class StreamReader:
         skip_bad: bool = False,
         workers: int = 0,
         device: torch.device | None = None,
+        waiting: Callable[[float], None] | None = None,
     ) -> None:
+        self._waiting = waiting
         self._dataset, self._seed, self._batch_size = dataset, seed, batch_size
         self._rank, self._world_size = rank, world_size
         self._mirror, self._start, self._skip_bad, self._workers = mirror, start, skip_bad, workers
@@ -185,7 +206,7 @@ class StreamReader:
     def __iter__(self) -> Generator[Batch, None, None]:
         sources: list[Generator[Square, None, None]] = [self._squares(n) for n in range(max(1, self._workers))]
         if self._workers:
-            sources = [_in_thread(source) for source in sources]
+            sources = [_in_thread(source, self._waiting) for source in sources]
         first, turn = self._start, 0
         try:
             while True:
@@ -254,7 +275,7 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, location: str, name: str) -> None:
         self._store, self._name, self._policy = _store_at(location), name, RetryPolicy()
         self._at = 0
-        size = self._patiently(lambda: self._store.size(name))
+        size = patiently(lambda: self._store.size(name), self._policy)
         if size is None:
             raise RemoteError(f"{self._store.url(name)}: the server does not say how large it is", retry=False)
         self._size = size
@@ -264,25 +285,17 @@ class _RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._at + len(buffer), self._size)
-        data = self._patiently(lambda: self._store.read(self._name, self._at, end)) if end > self._at else b""
+        data = self._read(end) if end > self._at else b""
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
-        failures = 0
-        while True:
-            try:
-                return ask()
-            except RemoteError as error:
-                failures += 1
-                if not error.retry or failures == self._policy.tries:
-                    raise
-                time.sleep(self._policy.wait_s(failures, error))
+    def _read(self, end: int) -> bytes:
+        return patiently(lambda: self._store.read(self._name, self._at, end), self._policy)
 
 
-def _in_thread(source: Generator[T, None, None]) -> Generator[T, None, None]:
-    """Yield what a generator yields, some of it ahead, in a thread that ends with this one."""
+def _in_thread(source: Generator[T, None, None], waiting: Callable[[float], None] | None) -> Generator[T, None, None]:
+    """Yield what a generator yields, some of it ahead, in a thread that ends with this one; see `Reader.waiting`."""
     made: queue.Queue[T | BaseException] = queue.Queue(_DECODED_AHEAD)
     stopped = threading.Event()
 
@@ -307,7 +320,7 @@ def _in_thread(source: Generator[T, None, None]) -> Generator[T, None, None]:
     threading.Thread(target=run, name="streaming", daemon=True).start()
     try:
         while True:
-            item = made.get()
+            item = patient(lambda timeout: made.get(timeout=timeout), queue.Empty, waiting)
             if isinstance(item, BaseException):
                 raise item
             yield item

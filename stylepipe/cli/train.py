@@ -217,7 +217,7 @@ def open_data(config: Config) -> TrainingData:
     levels = None if config.dry_run or lowest == config.res else lowest
     window = filled(config.data_window)
     if config.data is not None and is_stream(config.data):
-        return StreamedDataset(config.data, config.res)
+        return StreamedDataset(config.data, config.res, skip_bad=config.on_bad == "skip")
     if window and config.data is not None and is_remote(config.data):
         limit = None if config.data_cache_gb is None else round(config.data_cache_gb * GB)
         return windowed_for_training(config.data, config.res, window, limit, labels=config.cond, levels=levels)

@@ -49,6 +49,7 @@ T = TypeVar("T")
 PROJECT = "stylepipe"
 ROLLBACK_FACTOR = 2.0  # of penalties, each time
 MAX_ROLLBACKS = 4
+WAITING_TOLD_S = 10.0  # without data
 MAX_WORKERS = 8  # decoding threads per GPU: more than one GPU's training asks for
 
 
@@ -118,6 +119,7 @@ class Trainer:
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
         self._data = _nothing()
+        self._waited = 0.0  # seconds for the latest batch that was late
         self._bad: set[str] = set()  # what has been told of images that cannot be read
         settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config, dataset)
@@ -150,6 +152,7 @@ class Trainer:
         if self.rollbacks:
             self.say(f"rolled back {self.rollbacks} times so far: {self._penalties}")
         with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
+            self._interrupt = interrupt
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
                 self._on_main(partial(self.snapshots.grid, self._last))
@@ -163,7 +166,11 @@ class Trainer:
                     self.say(self._stage_line())
                     self._or_save(partial(on_every_process, self.accelerator, self._open_data))
                 self._last = self.stage
-                self.engine.step(self._next_batch())
+                try:
+                    batch = self._next_batch()
+                except _StoppedWaitingError:
+                    break
+                self.engine.step(batch)
                 self.progress.update(self.engine.images_seen)
                 interrupted = interrupt.agreed()
                 self._keep_up(interrupted)
@@ -205,6 +212,7 @@ class Trainer:
             skip_bad=self.config.on_bad == "skip",
             workers=self._workers(),
             device=self.accelerator.device,
+            waiting=self._while_waiting,
         )
 
     def _next_batch(self) -> Batch:
@@ -213,8 +221,10 @@ class Trainer:
             self.engine.record.stat(
                 "Data/replaced", torch.full((), len(batch.bad) / len(batch.images), device=self.accelerator.device)
             )
-            for text in set(batch.bad) - self._bad:
-                logger.warning("replaced by another image: %s", text)
+            for text in sorted(set(batch.bad) - self._bad):
+                self.say(f"another image stands in: {text}")
+                if not self.is_main:
+                    logger.warning("another image stands in: %s", text)
             self._bad.update(batch.bad)
         return batch
 
@@ -225,10 +235,18 @@ class Trainer:
         """
         try:
             return read()
-        except UserError:
+        except (UserError, _StoppedWaitingError):
             if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
                 self.snapshots.snapshot(self._last)
             raise
+
+    def _while_waiting(self, seconds: float) -> None:
+        """Say so when the data is late. A process alone is ready to stop then; several have to agree after a step."""
+        if seconds >= WAITING_TOLD_S > self._waited:
+            self.say(f"waiting for data since {seconds:.0f} s, at {self.engine.images_seen / 1000:g} kimg")
+        self._waited = seconds
+        if self._interrupt.cause is not None and self.accelerator.num_processes == 1:
+            raise _StoppedWaitingError
 
     def _keep_up(self, interrupted: bool) -> None:
         """Do what is due after a step."""
@@ -375,11 +393,11 @@ class Trainer:
         on_main_process(self.accelerator, save)
 
     def _workers(self) -> int:
-        """Return how many threads decode: none on a CPU, which they would take from the training."""
+        """Return how many threads decode: on a CPU none, which they would take from the training."""
         if self.config.workers is not None:
             return self.config.workers
         if self.accelerator.device.type == "cpu":
-            return 0
+            return int(self.dataset.waits)  # a server, not the data, is what one thread waits for then
         return max(1, min(MAX_WORKERS, available_cpus() // local_processes() - 1))
 
     def _opening(self) -> str:
@@ -442,6 +460,10 @@ def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     """Return where whole batches from `first_image` on first reach `kimg` thousand images."""
     wanted = max(1, math.ceil(round(kimg * 1000, 6)))  # 1.1 * 1000 is a little above 1100
     return end_of(schedule, first_image, wanted)
+
+
+class _StoppedWaitingError(Exception):
+    """A request to stop came while the training waited for data."""
 
 
 def _nothing() -> Generator[Batch, None, None]:

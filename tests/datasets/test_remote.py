@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -319,6 +320,51 @@ def test_whole_copies_and_more_levels_are_found(shards: Path) -> None:
         assert [file_of(request) for request in server.requests] == ["/data/manifest.json"]
 
 
+def test_a_shard_that_is_damaged_in_the_cache_is_downloaded_again(
+    shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    local = open_dataset(shards)
+    images = local.order(2, seed=3)
+    with serving(shards) as server:
+        remote = windowed_for_training(server.url, 16, 2)
+        assert same(take(remote, images, 8), take(local, images, 8))
+        for tar in remote.path.glob("*.tar"):
+            data = bytearray(tar.read_bytes())
+            data[600:] = bytes(len(data) - 600)
+            tar.write_bytes(data)
+        for workers in (0, 3):
+            again = windowed_for_training(server.url, 16, 2)
+            assert same(take(again, images, 8, workers=workers), take(local, images, 8))
+    assert caplog.text.count("is damaged; downloading it again") == len(local.manifest.shards)
+
+
+def test_a_smaller_limit_empties_the_cache(shards: Path) -> None:
+    local = open_dataset(shards)
+    images = local.order(1, seed=3)
+    with serving(shards) as server:
+        take(windowed_for_training(server.url, 16, 1), images, 8)
+        limit = 2 * largest_window(shards, 1)
+        remote = windowed_for_training(server.url, 16, 1, limit)
+        assert 0 < sum(path.stat().st_size for path in remote.path.glob("*.tar")) <= limit
+
+
+def test_waiting_for_a_server_is_told_and_can_be_ended(shards: Path) -> None:
+    waited: list[float] = []
+
+    def waiting(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            raise InterruptedError
+
+    with serving(shards) as server:
+        for record in open_dataset(shards).manifest.shards:
+            server.always[record.file] = faulty_server.Fault(delay_s=0.6)
+        remote = windowed_for_training(server.url, 16, 2)
+        with pytest.raises(InterruptedError):
+            take(remote, remote.order(2, 0), 1, workers=1, waiting=waiting)
+    assert 0.9 < waited[0] < waited[1]
+
+
 def test_a_limit_that_holds_all_of_it_is_enough(shards: Path) -> None:
     total = sum(record.bytes for record in open_dataset(shards).manifest.shards)
     with serving(shards) as server:
@@ -403,6 +449,35 @@ def test_two_real_processes_read_windows_through_one_cache(shards: Path, tmp_pat
         asked = [file for file in map(file_of, server.requests) if file.endswith(".tar")]
     assert states[0] == states[1], "remote, stopped and resumed, against local in one piece"
     assert len(asked) == len(set(asked)), "the processes have downloaded each shard once between them"
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_obeyed_while_a_server_stalls(shards: Path, tmp_path: Path) -> None:
+    local = open_dataset(shards)
+    first = {f"shard-{s:05d}.tar" for s in local.shards_of(local.order(4, 0).ranges(0))} | {"shard-00000.tar"}
+    small = ["--res", "16", "--batch-size", "2", "--tracker", "none", "--augment", "none", "--data-window", "4"]
+    small += ["--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16"]
+    out = tmp_path / "run"
+    with serving(shards) as server:
+        for record in local.manifest.shards:
+            if record.file not in first:
+                server.always[record.file] = faulty_server.Fault(stall_after=10)
+        options = ["--data", server.url, "--kimg", "1", "--out", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *small, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        told = ""
+        while "waiting for data since" not in told:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, told
+            told += line
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+        server.stopping.set()
+    assert process.returncode == 130, told + said
+    assert "(Ctrl-C); start the same command" in said
+    assert list(out.glob("state-*/state.json")), "what was learnt is saved"
 
 
 TRAIN = Path(__file__).parents[2] / "launch" / "train.py"

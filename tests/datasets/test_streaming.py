@@ -112,8 +112,26 @@ def test_a_look_at_the_data_takes_the_first_photographs(tars: Path, photos: Path
     files = sorted(path for path in photos.rglob("*") if path.is_file())
     expected = [read_square(path.read_bytes(), Preparation(RES)).image for path in files[0::3]]
     assert (dataset.read(range(4)) == np.stack([np.asarray(image) for image in expected[:4]])).all()
-    with pytest.raises(UserError, match="holds 23 photographs of 16 px or more"):
+    with pytest.raises(UserError, match=r"gives 23 images of 16 px; expected 32 at least: name more shards"):
         dataset.read(dataset.previewed)
+    assert StreamedDataset(f"stream:{tars}", RES).shards == dataset.shards, "a folder is its tars"
+    with pytest.raises(UserError, match=r"left out, for instance: .*smaller than 64 px \(\d\dx\d\d\)"):
+        StreamedDataset(f"stream:{tars}", 64).read([0])
+
+
+@pytest.mark.parametrize("address", ["https://h/*.tar", "pipe:cat x.tar"])
+def test_what_is_no_stream_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match=r"streams are read from paths, with \* and \{000\.\.099\}"):
+        StreamedDataset(f"stream:{address}", RES)
+
+
+def test_a_look_at_data_that_cannot_be_read_says_why(tars: Path) -> None:
+    (tars / "set-000.tar").write_bytes(b"")
+    only = f"stream:{tars}/set-000.tar"
+    with pytest.raises(UserError, match=r"set-000\.tar: cannot be read \(empty file\); --on-bad skip"):
+        StreamedDataset(only, RES).read([0])
+    with pytest.raises(UserError, match=r"gives 0 images .*left out, for instance: .*set-000\.tar: cannot be read"):
+        StreamedDataset(only, RES, skip_bad=True).read([0])
 
 
 def test_what_cannot_be_read_stops_or_is_left_out(tars: Path, squares: set[bytes]) -> None:
