@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -36,6 +36,7 @@ from stylepipe.files import locked
 _SPACE_LOCK = ".space.lock"
 _POLL_S = 0.05
 _PATIENCE_S = 5.0
+_CLOSING_S = 1.0  # a request under way is not waited for longer
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,12 @@ class ShardCache:
             if is_new := download is None:
                 download = self._downloads[shard] = Future()
         if is_new:
-            self._download(shard, download, stop, patience_s=0)
+            # In a thread of its own, that may be left to a server that stalls; a daemon, as below.
+            threading.Thread(target=self._download, args=(shard, download, stop, 0), daemon=True).start()
         try:
+            while not wait([download], _POLL_S).done:
+                if stop.is_set():
+                    raise stopped(self._store, self._shards[shard].file)
             return download.result()
         finally:
             self._forget(shard, download)
@@ -157,9 +162,9 @@ class ShardCache:
             self._downloads.clear()
             self._windows = (frozenset(), frozenset())
             self._release()
-            thread = self._thread
+            thread, self._thread = self._thread, None
         if thread is not None:
-            thread.join()
+            thread.join(_CLOSING_S)
 
     def _is_wanted(self, shard: int) -> bool:
         return any(shard in window for window in self._windows)
@@ -174,6 +179,8 @@ class ShardCache:
         put_off: set[int] = set()
         while True:
             with self._lock:
+                if stop.is_set():  # the queue is for another thread now
+                    return
                 if not self._queue:
                     self._thread = None
                     return

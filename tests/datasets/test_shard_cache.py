@@ -389,6 +389,21 @@ def test_closing_ends_downloads_that_threads_wait_for(
     assert content(cache, 0) == CONTENTS[0]
 
 
+def test_a_closed_cache_is_used_again_while_its_old_download_stalls(
+    new: Callable[..., ShardCache], server: FaultyServer
+) -> None:
+    server.plan(RECORDS[0].file, Fault(stall_after=0))
+    cache = new()
+    cache.prefetch([0])
+    wait_for(lambda: requested(server) == [0])
+    began = time.monotonic()
+    cache.close()
+    assert time.monotonic() - began < 3, "the stall of ten seconds is not waited for"
+    cache.prefetch([1, 2])
+    assert content(cache, 2) == CONTENTS[2]
+    assert content(cache, 1) == CONTENTS[1]
+
+
 def test_a_folder_that_cannot_be_used(server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/cache: cannot be used as a cache \(Not a directory\)"):
