@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,16 +16,16 @@ from pathlib import Path
 from stylepipe.datasets.drawn_dataset import DRAWN_COUNTS, draw_dataset
 from stylepipe.datasets.labels import find_labels
 from stylepipe.datasets.levels import build_levels, level_resolutions
-from stylepipe.datasets.manifest import FORMAT_VERSION
+from stylepipe.datasets.manifest import FORMAT_VERSION, Manifest
 from stylepipe.datasets.photos import printable
 from stylepipe.datasets.preparation import Preparation, check_resolution
 from stylepipe.datasets.prepare import prepare, tool_versions
-from stylepipe.datasets.remote import RemoteDataset, is_remote
+from stylepipe.datasets.remote import RemoteDataset, UnreachableError, is_remote
 from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, is_prepared, open_dataset, stored_levels
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
-from stylepipe.files import locked
+from stylepipe.files import atomic_path, locked
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
 
@@ -168,7 +168,9 @@ def _downloaded(location: str, resolution: int, labels: bool, levels: int | None
 
 
 def _open_remote(location: str, resolution: int, labels: bool) -> RemoteDataset:
-    remote = RemoteDataset(location)
+    stamp = hashlib.sha256(location.encode()).hexdigest()[:16]
+    seen = cache_folder() / "datasets" / f"location-{stamp}.json"
+    remote = _reached(location, seen)
     manifest = remote.manifest
     if manifest.resolution != resolution:
         raise UserError(
@@ -177,7 +179,22 @@ def _open_remote(location: str, resolution: int, labels: bool) -> RemoteDataset:
         )
     if labels and not (manifest.classes or manifest.labels):
         raise UserError(f"--data {redacted(location)}: has no labels; leave out --cond")
+    with suppress(OSError):  # of use later only; what needs the cache now will say so
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(seen) as path:
+            path.write_text(manifest.to_json(), encoding="utf-8")
     return remote
+
+
+def _reached(location: str, seen: Path) -> RemoteDataset:
+    """Return what a location holds, or what it held when it was last reached: all that is needed may be here."""
+    try:
+        return RemoteDataset(location)
+    except UnreachableError as error:
+        if not seen.exists():
+            raise
+        log.warning("%s; going on with what is in the cache", error)
+        return RemoteDataset(location, Manifest.from_json(seen.read_text(encoding="utf-8")))
 
 
 def _remote_key(remote: RemoteDataset, levels: int | None, kind: str) -> str:

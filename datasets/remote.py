@@ -44,26 +44,33 @@ def is_remote(data: str | Path) -> bool:
     return re.match(r"\w+://|pipe:", str(data)) is not None
 
 
+class UnreachableError(UserError):
+    """Tells that a location did not answer, or not well; what it holds is not known."""
+
+
 class RemoteDataset:
     """What a location holds.
 
     Args:
         location: see `stylepipe.datasets.store.open_store`.
+        manifest: of the dataset there, if it is known; else it is read.
 
     Attributes:
         manifest: of the dataset there.
 
     Raises:
-        UserError: it cannot be reached, or holds no dataset.
+        UnreachableError: there is no answer.
+        UserError: it holds no dataset.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, manifest: Manifest | None = None) -> None:
         self._store = open_store(location)
         try:
-            self.manifest = _read_manifest(self._store, MANIFEST_FILE)
+            self.manifest = _read_manifest(self._store, MANIFEST_FILE) if manifest is None else manifest
         except RemoteError as error:
             expected = "expected a dataset that `stylepipe prepare` made at --data"
-            raise UserError(f"{error}; {expected}, on a server that can be reached") from error
+            kind = UnreachableError if error.retry else UserError
+            raise kind(f"{error}; {expected}, on a server that can be reached") from error
 
     @property
     def c_dim(self) -> int:

@@ -287,8 +287,8 @@ def test_a_reader_ends_at_once_while_the_server_stalls(shards: Path) -> None:
         wait_for(lambda: len(server.requests) > len(first) + 3)
         began = time.monotonic()
         batches.close()
-        assert time.monotonic() - began < 8, "a piece of each download under way, not all that was begun"
-        assert [name for name in names_of_threads() if name.startswith(("decoding", "shard prefetch"))] == []
+        assert time.monotonic() - began < 4, "no download is waited for, not even a piece of one"
+        assert not any(name.startswith("decoding") for name in names_of_threads())
 
 
 def names_of_threads() -> list[str]:
@@ -336,6 +336,24 @@ def test_a_shard_that_is_damaged_in_the_cache_is_downloaded_again(
             again = windowed_for_training(server.url, 16, 2)
             assert same(take(again, images, 8, workers=workers), take(local, images, 8))
     assert caplog.text.count("is damaged; downloading it again") == len(local.manifest.shards)
+
+
+def test_what_is_in_the_cache_is_used_while_the_server_is_away(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    local = open_dataset(shards)
+    images = local.order(2, seed=3)
+    with serving(shards) as server:
+        take(windowed_for_training(server.url, 16, 2, levels=8), images, 8)
+        whole = dataset_for_training(server.url.replace("/data", "/more/data"), 16)
+        server.always["manifest.json"] = faulty_server.Fault(status=503)
+        again = windowed_for_training(server.url, 16, 2, levels=8)
+        assert same(take(again, images, 8), take(local, images, 8))
+        assert dataset_for_training(server.url.replace("/data", "/more/data"), 16) == whole
+        assert caplog.text.count("going on with what is in the cache") == 2
+        with pytest.raises(UserError, match=r"HTTP 503 .* on a server that can be reached"):
+            windowed_for_training(server.url.replace("/data", "/never/seen"), 16, 2)
+        server.always["manifest.json"] = faulty_server.Fault(status=404)
+        with pytest.raises(UserError, match="HTTP 404"):
+            windowed_for_training(server.url, 16, 2, levels=8)
 
 
 def test_a_smaller_limit_empties_the_cache(shards: Path) -> None:
