@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from stylepipe.datasets.order import Order, WindowOrder, flips, rank_positions
+from stylepipe.datasets.order import Int64Array, Order, WindowOrder, flips, rank_positions
 from stylepipe.datasets.shards import ShardDataset
 from stylepipe.datasets.store import RemoteError
 from stylepipe.errors import UserError
@@ -29,6 +30,7 @@ _ATTEMPTS = 10  # images that cannot be read one after the other: then it is no 
 _TASK_PIXELS = 1 << 18  # pixels that a thread decodes at a time: small images are not worth a hand-over each
 _TASKS_AHEAD = 2  # per thread, besides those of the batch that is next
 _CLOSED_EVERY_S = 0.01
+_CPU = torch.device("cpu")
 _TOLD_EVERY_S = 1.0
 
 T = TypeVar("T")
@@ -57,15 +59,11 @@ class Batch(NamedTuple):
         return torch.where(mirrored[:, None, None, None], images.flip(2), images)
 
 
-class Reader:
-    """An endless iterable of batches; a pure function of dataset, order and position (see order.py).
-
-    Each iteration begins at `start` and yields, for every global batch, the positions start + rank, start + rank +
-    world_size, ... The number of workers changes the speed only. It is not to be passed to `accelerator.prepare`.
+@dataclass(eq=False, kw_only=True)
+class BatchReader:
+    """What readers of prepared data and of streams are told alike.
 
     Args:
-        dataset: an open dataset.
-        order: of its images.
         batch_size: images of a global batch, over all ranks.
         rank: this process's number, below world_size.
         world_size: number of processes that share each global batch.
@@ -81,37 +79,55 @@ class Reader:
         UserError: an indivisible batch size; in iterating: an image or a shard that cannot be read.
     """
 
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        order: Order,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        mirror: bool = False,
-        start: int = 0,
-        skip_bad: bool = False,
-        workers: int = 0,
-        device: torch.device | None = None,
-        waiting: Callable[[float], None] | None = None,
-    ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise UserError(f"--batch-size {batch_size}: expected a multiple of {world_size} (processes)")
-        assert 0 <= rank < world_size
-        assert start >= 0
-        assert workers >= 0
-        self.dataset = dataset
-        self.order = order
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.mirror = mirror
-        self.start = start
-        self.skip_bad = skip_bad
-        self.workers = workers
-        self.device = device or torch.device("cpu")
-        self.waiting = waiting
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    mirror: bool = False
+    start: int = 0
+    skip_bad: bool = False
+    workers: int = 0
+    device: torch.device = _CPU
+    waiting: Callable[[float], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % self.world_size:
+            raise UserError(f"--batch-size {self.batch_size}: expected a multiple of {self.world_size} (processes)")
+        assert 0 <= self.rank < self.world_size
+        assert self.start >= 0
+        assert self.workers >= 0
+
+    def positions(self, first: int) -> Int64Array:
+        """Return this rank's share of the global batch that begins at position `first`, [n] int64."""
+        return rank_positions(first, self.batch_size, self.rank, self.world_size)
+
+    def empty(self, side: int) -> Tensor:
+        """Return room for a share of images, [n, side, side, 3] uint8; page-locked for a CUDA device."""
+        shape = (self.batch_size // self.world_size, side, side, 3)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def mirrored(self, positions: Int64Array, seed: int) -> Tensor | None:
+        """Return `Batch.mirrored`."""
+        return self.handed_over(torch.from_numpy(flips(positions, seed))) if self.mirror else None
+
+    def handed_over(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the host as a batch has it."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+@dataclass(eq=False)
+class Reader(BatchReader):
+    """An endless iterable of batches; a pure function of dataset, order and position (see order.py).
+
+    Each iteration begins at `start` and yields, for every global batch, the positions start + rank, start + rank +
+    world_size, ... The number of workers changes the speed only. It is not to be passed to `accelerator.prepare`.
+
+    Args:
+        dataset: an open dataset.
+        order: of its images.
+    """
+
+    dataset: ShardDataset
+    order: Order
 
     def __iter__(self) -> Generator[Batch, None, None]:
         window = self._announce(self.start, None)
@@ -173,9 +189,7 @@ class Reader:
         return task.result()
 
     def _empty(self) -> Tensor:
-        side = self.dataset.resolution
-        shape = (self.batch_size // self.world_size, side, side, 3)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return self.empty(self.dataset.resolution)
 
     def _announce(self, position: int, before: int | None) -> int | None:
         """Have the window of a position and the next one brought, where `before` is another; return that window."""
@@ -217,7 +231,7 @@ class _Share:
         self._reader = reader
         self._images = images
         self._stop = stop
-        self._positions = rank_positions(first, reader.batch_size, reader.rank, reader.world_size)
+        self._positions = reader.positions(first)
         self.ids = reader.order.ids(self._positions)
         self._bad: list[list[str]] = [[] for _ in self.ids]
 
@@ -243,11 +257,8 @@ class _Share:
     def batch(self) -> Batch:
         """Return what has been decoded."""
         reader = self._reader
-        labels = torch.from_numpy(reader.dataset.labels(self.ids))
-        mirrored = torch.from_numpy(flips(self._positions, reader.order.seed)) if reader.mirror else None
-        if reader.device.type == "cuda":
-            labels = labels.pin_memory()
-            mirrored = None if mirrored is None else mirrored.pin_memory()
+        labels = reader.handed_over(torch.from_numpy(reader.dataset.labels(self.ids)))
+        mirrored = reader.mirrored(self._positions, reader.order.seed)
         bad = tuple(text for texts in self._bad for text in texts)
         return Batch(self._images, labels, torch.from_numpy(self._positions), mirrored, bad)
 

@@ -101,9 +101,10 @@ class ShardCache:
             RemoteError: the shard cannot be had, now or when it was prefetched (then the next call tries again).
             UserError: it cannot be written.
         """
+        with suppress(OSError):  # which the download will meet as well
+            if (file := self._pin(shard)) is not None:
+                return file
         with self._lock:
-            if shard in self._pins:
-                return self._pins[shard]
             download, stop = self._downloads.get(shard), self._stop
             if is_new := download is None:
                 download = self._downloads[shard] = Future()

@@ -15,9 +15,10 @@ import tarfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from glob import glob
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -32,10 +33,9 @@ from webdataset.tariterators import tar_file_iterator
 from stylepipe.datasets import store as stores
 from stylepipe.datasets.fetching import RetryPolicy, patiently
 from stylepipe.datasets.levels import box_averages
-from stylepipe.datasets.order import flips, rank_positions
 from stylepipe.datasets.photos import SkippedPhotoError, read_square
 from stylepipe.datasets.preparation import Preparation
-from stylepipe.datasets.reader import Batch, patient
+from stylepipe.datasets.reader import Batch, BatchReader, patient
 from stylepipe.datasets.store import RemoteError, Store, open_store, redacted
 from stylepipe.errors import UserError
 
@@ -176,62 +176,45 @@ class Square(NamedTuple):
     bad: tuple[str, ...]
 
 
-class StreamReader:
-    """An endless iterable of batches of a stream; arguments as of `stylepipe.datasets.reader.Reader`.
+@dataclass(eq=False)
+class StreamReader(BatchReader):
+    """An endless iterable of batches of a stream.
 
     With the same arguments it gives the same batches, `start` being one of them.
+
+    Args:
+        dataset: the stream.
+        seed: of what is drawn of it, and of the mirroring.
     """
 
-    def __init__(
-        self,
-        dataset: StreamedDataset,
-        *,
-        seed: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        mirror: bool = False,
-        start: int = 0,
-        skip_bad: bool = False,
-        workers: int = 0,
-        device: torch.device | None = None,
-        waiting: Callable[[float], None] | None = None,
-    ) -> None:
-        self._waiting = waiting
-        self._dataset, self._seed, self._batch_size = dataset, seed, batch_size
-        self._rank, self._world_size = rank, world_size
-        self._mirror, self._start, self._skip_bad, self._workers = mirror, start, skip_bad, workers
-        self._pinned = device is not None and device.type == "cuda"
+    dataset: StreamedDataset
+    seed: int
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        sources: list[Generator[Square, None, None]] = [self._squares(n) for n in range(max(1, self._workers))]
-        if self._workers:
-            sources = [_in_thread(source, self._waiting) for source in sources]
-        first, turn = self._start, 0
+        sources: list[Generator[Square, None, None]] = [self._squares(n) for n in range(max(1, self.workers))]
+        if self.workers:
+            sources = [_in_thread(source, self.waiting) for source in sources]
+        turn = 0
         try:
-            while True:
-                positions = rank_positions(first, self._batch_size, self._rank, self._world_size)
+            for first in count(self.start, self.batch_size):
+                positions = self.positions(first)
                 squares = [next(sources[(turn + index) % len(sources)]) for index in range(len(positions))]
                 turn += len(positions)
                 yield self._batch(squares, positions)
-                first += self._batch_size
         finally:
             for source in sources:
                 source.close()
 
     def _squares(self, worker: int) -> Generator[Square, None, None]:
-        draw = random.Random(f"{self._seed}/{self._rank}/{worker}/{self._start}")
-        shards = iter(lambda: draw.choice(self._dataset.shards), None)
-        return self._dataset.squares(shards, self._skip_bad, shuffle(_BUFFERED, rng=draw))
+        draw = random.Random(f"{self.seed}/{self.rank}/{worker}/{self.start}")
+        shards = iter(lambda: draw.choice(self.dataset.shards), None)
+        return self.dataset.squares(shards, self.skip_bad, shuffle(_BUFFERED, rng=draw))
 
     def _batch(self, squares: Sequence[Square], positions: npt.NDArray[np.int64]) -> Batch:
-        resolution = self._dataset.resolution
-        images = torch.empty((len(squares), resolution, resolution, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        images = self.empty(self.dataset.resolution)
         np.stack([square.pixels for square in squares], out=images.numpy())
-        mirrored = torch.from_numpy(flips(positions, self._seed)) if self._mirror else None
-        if self._pinned and mirrored is not None:
-            mirrored = mirrored.pin_memory()
         bad = tuple(text for square in squares for text in square.bad)
+        mirrored = self.mirrored(positions, self.seed)
         return Batch(images, torch.zeros(len(squares), 0), torch.from_numpy(positions), mirrored, bad)
 
 

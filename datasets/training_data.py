@@ -22,7 +22,7 @@ def batches_of(
         resolution: of the images.
         window_shards: see `ShardDataset.order`; a stream has none.
         seed: of order and mirroring.
-        options: the other ones of `Reader` and `StreamReader`.
+        options: those of `BatchReader`.
     """
     if isinstance(data, StreamedDataset):
         return StreamReader(data.level(resolution), seed=seed, **options).__iter__()
