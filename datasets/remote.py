@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from stylepipe.datasets.fetching import RetryPolicy, fetch, patiently
 from stylepipe.datasets.levels import level_resolutions
-from stylepipe.datasets.manifest import LEVEL_OF, MANIFEST_FILE, Manifest
+from stylepipe.datasets.manifest import LEVEL_OF, MANIFEST_FILE, FileRecord, Manifest
 from stylepipe.datasets.resuming import resumable_folder
 from stylepipe.datasets.shard_cache import ShardCache
 from stylepipe.datasets.shard_files import ShardFile, open_files_limit
@@ -94,26 +94,16 @@ class RemoteDataset:
         # Files are named when they are whole, so what is there is all the progress there is.
         with resumable_folder(out, self.manifest.digest, lambda folder, progress: True) as work:
             work.mark({})
-            for folder, manifest in self._parts(levels):
-                (work.folder / folder).mkdir(parents=True, exist_ok=True)
-                for record in manifest.files() if shards else manifest.side_files():
-                    target = work.folder / folder / record.file
-                    if not (target.exists() and file_sha256(target) == record.sha256):
-                        log.info("downloading %s (%.0f MB)", folder + record.file, record.bytes / 1e6)
-                        fetch(self._store, folder + record.file, target, size=record.bytes, sha256=record.sha256)
-                (work.folder / folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+            for within, manifest in self._parts(levels):
+                self._copy(manifest.files() if shards else manifest.side_files(), within, work.folder)
+                (work.folder / within / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
     def add_levels(self, folder: Path, levels: int) -> None:
         """Copy the indices of the stored levels from a resolution up into a folder from `download` without shards."""
         for within, manifest in self._parts(levels):
-            target = folder / within
-            if within and not is_prepared(target):
-                target.mkdir(parents=True, exist_ok=True)
-                for record in manifest.side_files():
-                    fetch(
-                        self._store, within + record.file, target / record.file, size=record.bytes, sha256=record.sha256
-                    )
-                with atomic_path(target / MANIFEST_FILE) as path:
+            if within and not is_prepared(folder / within):
+                self._copy(manifest.side_files(), within, folder)
+                with atomic_path(folder / within / MANIFEST_FILE) as path:
                     path.write_text(manifest.to_json(), encoding="utf-8")
 
     def windowed(self, folder: Path, window_shards: int, limit_bytes: int | None) -> WindowedDataset:
@@ -138,6 +128,15 @@ class RemoteDataset:
             shards += [replace(record, file=f"{within.as_posix()}/{record.file}") for record in level.manifest.shards]
         _check_windows([whole, *levels], window_shards, limit_bytes)
         return WindowedDataset(folder, whole.manifest, ShardCache(self._store, shards, folder, limit_bytes), parts)
+
+    def _copy(self, records: Iterable[FileRecord], within: str, folder: Path) -> None:
+        """Download files of a part, those that are not here and whole already."""
+        (folder / within).mkdir(parents=True, exist_ok=True)
+        for record in records:
+            target = folder / within / record.file
+            if not (target.exists() and file_sha256(target) == record.sha256):
+                log.info("downloading %s (%.0f MB)", within + record.file, record.bytes / 1e6)
+                fetch(self._store, within + record.file, target, size=record.bytes, sha256=record.sha256)
 
     def _parts(self, levels: int | None) -> Iterator[tuple[str, Manifest]]:
         """Yield the folders within the dataset and their manifests: its levels, then the dataset itself."""
