@@ -25,7 +25,7 @@ FLOORS = (
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 
-FOR_ALL = {"stylepipe.errors", "stylepipe.files", "stylepipe.config", "stylepipe.images"}
+FOR_ALL = {"stylepipe.errors", "stylepipe.files", "stylepipe.config", "stylepipe.images", "stylepipe.run_files"}
 """Modules that every room may import; they import no room."""
 
 PRESETS = "stylepipe.presets"

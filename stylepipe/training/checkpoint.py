@@ -21,6 +21,7 @@ from torch import Tensor
 from stylepipe.datasets.shards import file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
+from stylepipe.run_files import kimg_name, network_files
 
 FORMAT_VERSION = 1
 DIVERGED = "diverged"
@@ -46,11 +47,6 @@ class State:
     tensors: Mapping[str, Tensor]
     layout: Mapping[str, Mapping[str, list[int]]]
     info: Mapping[str, Any]
-
-
-def kimg_name(images_seen: int) -> str:
-    """Return the image counter as it stands in file names, which sort by it: 40,000 images are `000040.000`."""
-    return f"{images_seen / 1000:010.3f}"
 
 
 def save_state(
@@ -171,7 +167,7 @@ def prune_states(out: Path, keep: int) -> None:
 
 def set_aside_later(out: Path, path: Path | None) -> None:
     """Rename the states and networks of `out` that are later than the state `path`, or all: none goes on from them."""
-    for later in sorted([*_states(out), *out.glob("network-*.safetensors")]):
+    for later in sorted([*_states(out), *network_files(out)]):
         kind, _, kimg = later.name.partition("-")
         if path is None or kimg.removesuffix(".safetensors") > path.name.partition("-")[2]:
             later.rename(_free(out / (f"{DIVERGED}-{kimg}" if kind == "state" else f"{DIVERGED}-{later.name}")))

@@ -12,8 +12,8 @@ from typing import TextIO
 from tqdm import tqdm
 
 from stylepipe.files import atomic_path
+from stylepipe.run_files import LOG_FILE, STATS_FILE
 
-LOG_NAME, STATS_NAME = "log.txt", "stats.jsonl"
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
 
 
@@ -122,7 +122,7 @@ class RunLog:
 
     def _open(self, resume_from_images_seen: int | None) -> None:
         self.images_seen = resume_from_images_seen or 0
-        log, stats = self._out / LOG_NAME, self._out / STATS_NAME
+        log, stats = self._out / LOG_FILE, self._out / STATS_FILE
         if resume_from_images_seen is not None:
             _drop_later_lines(log, _log_position, resume_from_images_seen)
             _drop_later_lines(stats, _stats_position, resume_from_images_seen)

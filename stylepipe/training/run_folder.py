@@ -12,6 +12,7 @@ from typing import Any
 from stylepipe.config import Config
 from stylepipe.errors import UserError
 from stylepipe.files import locked
+from stylepipe.run_files import network_files
 from stylepipe.training.checkpoint import State, load_state, newest_state
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
             pass
     except OSError as error:
         raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
-    if state is None and newest_state(out) is None and (networks := sorted(out.glob("network-*.safetensors"))):
+    if state is None and newest_state(out) is None and (networks := network_files(out)):
         raise UserError(
             f"--out {out}: holds the networks of a run whose states are gone, up to {networks[-1].name}, which "
             f"a new run would overwrite; give another folder"

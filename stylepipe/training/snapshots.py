@@ -17,10 +17,10 @@ from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.images import grid_shape, make_grid, save_image
 from stylepipe.interop.network_file import save_network
+from stylepipe.run_files import GRIDS_FOLDER, LOG_FILE, REAL_GRID, STATS_FILE, kimg_name, network_file
 from stylepipe.training.checkpoint import (
     DIVERGED,
     amend_state,
-    kimg_name,
     newest_healthy_state,
     prune_states,
     save_state,
@@ -29,7 +29,6 @@ from stylepipe.training.checkpoint import (
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
-from stylepipe.training.progress import LOG_NAME, STATS_NAME
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
 
@@ -75,14 +74,14 @@ class Snapshots:
         if classes:
             names = [filled(self.dataset.classes)[number] for number in dict.fromkeys(classes)]
             self.say(f"rows of the grids, from the top: {', '.join(names)}")
-        save_image(self.out / "grids" / "real.png", grid)
+        save_image(self.out / GRIDS_FOLDER / REAL_GRID, grid)
         self.tracker.log_image("Grids/real", grid, self.engine.images_seen)
 
     def grid(self, stage: Stage) -> None:
         """Save generated images at fixed latents."""
         columns, rows = grid_shape(self.config.res)
         grid = make_grid(self.engine.recipe.sample(columns, rows, stage).numpy(), columns)
-        path = self.out / "grids" / f"{kimg_name(self.engine.images_seen)}.png"
+        path = self.out / GRIDS_FOLDER / f"{kimg_name(self.engine.images_seen)}.png"
         save_image(path, grid)
         self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
         self.say(f"grid: {path}")
@@ -94,7 +93,7 @@ class Snapshots:
             UserError: the folder cannot be written, or the disk is full.
         """
         seen = self.engine.images_seen
-        network_path = self.out / f"network-{kimg_name(seen)}.safetensors"
+        network_path = self.out / network_file(seen)
         metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
         if self.config.cond:  # names by number, or null where labels are vectors
             metadata["classes"] = json.dumps(self.dataset.classes)
@@ -121,7 +120,7 @@ class Snapshots:
         set_aside_later(self.out, healthy)
         try:
             kept = self._save_state(DIVERGED)
-            for name in (LOG_NAME, STATS_NAME):
+            for name in (LOG_FILE, STATS_FILE):
                 shutil.copy(self.out / name, kept)
         except (OSError, SafetensorError) as error:
             return f"the diverged state could not be kept ({error})", healthy

@@ -21,6 +21,7 @@ from stylepipe.datasets.reader import Batch
 from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
+from stylepipe.run_files import CONFIG_FILE
 from stylepipe.training.alarms import Alarms, divergence_in
 from stylepipe.training.checkpoint import (
     State,
@@ -124,7 +125,7 @@ class Trainer:
         settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
-            with atomic_path(out / "config.yaml") as path:
+            with atomic_path(out / CONFIG_FILE) as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
             clear_remains(out)
         self.log = RunLog(out, resumed) if self.is_main else None

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from stylepipe.errors import UserError
-from stylepipe.training.checkpoint import check_fits, kimg_name, load_state, newest_state, prune_states, save_state
+from stylepipe.run_files import kimg_name
+from stylepipe.training.checkpoint import check_fits, load_state, newest_state, prune_states, save_state
 
 TENSORS = {"G.params": torch.arange(1000.0), "step": torch.tensor(3)}
 LAYOUT = {"G": {"conv.weight": [10, 10], "conv.bias": [10]}}
