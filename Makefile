@@ -12,7 +12,8 @@ DEMO_FLAGS ?= --res 64 --network.channel-base 2048 --network.channel-max 64 --ba
               --mirror --tracker none --out $(DEMO_OUT)
 DEMO_ARGS  ?=
 
-# A CPU build of torch is a tenth of the CUDA build's download. PIP_TORCH= (empty) takes what PyPI offers.
+# A CPU build of torch is a tenth of the CUDA build's download, and torchvision (which tests of metrics need) is to be of the same
+# build. PIP_TORCH= (empty) takes what PyPI offers.
 CPU_ONLY  := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo yes)
 PIP_TORCH ?= $(if $(CPU_ONLY),--extra-index-url https://download.pytorch.org/whl/cpu)
 
@@ -32,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "stylepipe needs Python 3.11 or newer; '$(PYTHON)' is not ($$($(PYTHON) --version 2>&1 | head -n 1)): name another, as in make setup PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || \
-	  $(BIN)/pip install --quiet --no-deps --retries 0 -c constraints.txt $(PIP_TORCH) torch
+	@$(BIN)/python -c 'import torch; from importlib.metadata import version; version("torchvision")' 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-deps --retries 0 -c constraints.txt $(PIP_TORCH) torch torchvision
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 

@@ -25,7 +25,14 @@ FLOORS = (
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 
-FOR_ALL = {"stylepipe.errors", "stylepipe.files", "stylepipe.config", "stylepipe.images", "stylepipe.run_files"}
+FOR_ALL = {
+    "stylepipe.errors",
+    "stylepipe.files",
+    "stylepipe.config",
+    "stylepipe.images",
+    "stylepipe.run_files",
+    "stylepipe.version",
+}
 """Modules that every room may import; they import no room."""
 
 PRESETS = "stylepipe.presets"

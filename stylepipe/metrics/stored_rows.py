@@ -1,0 +1,71 @@
+"""Rows of a set of real images, kept on disk: taken once, whatever run asks for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stylepipe.files import atomic_path
+from stylepipe.metrics.extraction import Rows
+
+logger = logging.getLogger(__name__)
+
+_ABOUT = "about.json"
+
+
+class StoredRows(Mapping[str, Tensor]):
+    """Rows in a folder, each mapped from its file when it is asked for, and sent to a device."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._files = {path.stem: path for path in sorted(folder.glob("*.npy"))}
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        # Copy on write: torch warns of arrays that cannot be written, and nothing writes here.
+        return torch.from_numpy(np.load(self._files[name], mmap_mode="c")).to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def store_rows(folder: Path, rows: Rows, about: Mapping[str, Any]) -> None:
+    """Write rows to a folder that appears when it is whole, one at a time, with what they depend on beside them.
+
+    What cannot be written is warned of, and not before all rows have been asked for: other processes count on that.
+    """
+    failure: OSError | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        failure = error
+    try:
+        with atomic_path(folder) as new:
+            for name in rows:
+                tensor = rows[name]
+                if failure is None:
+                    failure = _save(new, name, tensor)
+            if failure is not None:
+                raise failure
+            (new / _ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        if not folder.exists():  # another run has not stored the same in this moment
+            logger.warning("%s: cannot be written (%s); it is measured again the next time", folder, error.strerror)
+
+
+def _save(folder: Path, name: str, rows: Tensor) -> OSError | None:
+    try:
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"{name}.npy", rows.cpu().numpy())
+    except OSError as error:
+        return error
+    return None
