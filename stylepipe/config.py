@@ -34,6 +34,7 @@ AugmentPipe = Literal["blit", "geom", "color", "filter", "noise", "cutout", "bg"
 MIN_RES, MAX_RES = 8, 1024
 MAX_SEED = 2**63
 MAX_KIMG = 1e9
+MIN_KEEP = 3
 
 T = TypeVar("T")
 
@@ -153,6 +154,9 @@ class EMAConfig:
     """Share that a step keeps, whatever its batch, in place of --ema.kimg."""
     rampup: float | None = None
     """The half-life is at most this share of the images seen so far; 0 for no ramp-up."""
+    posthoc_kimg: float | None = None
+    """Save both power-function averages this often, for `stylepipe ema`; 0: keep none. Default: 32 times a run, and at
+    most once in 1 kimg."""
 
 
 @dataclass(frozen=True)
@@ -294,9 +298,23 @@ class Config:
     snapshot_with_d: bool = True
     """Network files hold G and D beside the averaged G, to fine-tune from; about three times the size."""
     keep_states: int = 3
-    """How many of the newest states to keep; 0 keeps all. Network files are always kept."""
+    """How many of the newest states to keep; 0 keeps all."""
+    keep: int = 0
+    """How many network files to keep: first, best and newest, and others evenly spread between; 0 keeps all."""
+    metrics: str | None = None
+    """What to measure the averaged network by, such as swd,msssim,fid, or none: see `stylepipe evaluate --help`.
+    Default: swd."""
+    metrics_kimg: float | None = None
+    """Measure this often, and at the end; what is measured is saved. Default: --snapshot-kimg."""
+    metrics_images: int | None = None
+    """Generated images to measure. Default: each metric's own number, for swd 16,384 or as many as there are of real
+    ones."""
+    best_metric: str | None = None
+    """What makes a network the best, network-best.safetensors. Default: the first of --metrics."""
     grid_kimg: float = 20
     """Save grids/<kimg>.png, images at fixed latents, this often."""
+    clip_kimg: float = 100
+    """Save clips/<kimg>.gif, faces that turn into one another, this often, and at the end."""
     tick_kimg: float = 1
     """Log this often."""
     diversity_kimg: float = 4
@@ -387,8 +405,11 @@ def validate(config: Config) -> None:
         "--kimg": (config.kimg, MAX_KIMG),
         "--snapshot-kimg": (config.snapshot_kimg, MAX_KIMG),
         "--grid-kimg": (config.grid_kimg, MAX_KIMG),
+        "--clip-kimg": (config.clip_kimg, MAX_KIMG),
         "--tick-kimg": (config.tick_kimg, MAX_KIMG),
         "--diversity-kimg": (config.diversity_kimg, MAX_KIMG),
+        "--metrics-kimg": (config.metrics_kimg, MAX_KIMG),
+        "--ema.posthoc-kimg": (config.ema.posthoc_kimg, MAX_KIMG),
         "--batch-size": (config.batch_size, 2**20),
         "--network.z-dim": (config.network.z_dim, 2**16),
         "--network.w-dim": (config.network.w_dim, 2**16),
@@ -405,9 +426,11 @@ def validate(config: Config) -> None:
         "--batch-gpu": None if config.batch_gpu == "auto" else config.batch_gpu,
         "--snapshot-kimg": config.snapshot_kimg,
         "--grid-kimg": config.grid_kimg,
+        "--clip-kimg": config.clip_kimg,
         "--tick-kimg": config.tick_kimg,
         "--data-cache-gb": config.data_cache_gb,
         "--diversity-kimg": config.diversity_kimg,
+        "--metrics-kimg": config.metrics_kimg,
         "--divergence-updates": config.divergence_updates,
         "--network.z-dim": config.network.z_dim,
         "--network.w-dim": config.network.w_dim,
@@ -434,6 +457,7 @@ def validate(config: Config) -> None:
         "--seed": config.seed,
         "--freeze-d": config.freeze_d,
         "--keep-states": config.keep_states,
+        "--keep": config.keep,
         "--workers": config.workers,
         "--data-window": config.data_window,
         "--loss.r1-gamma": config.loss.r1_gamma,
@@ -455,6 +479,7 @@ def validate(config: Config) -> None:
         "--network.half-levels": config.network.half_levels,
         "--ema.kimg": config.ema.kimg,
         "--ema.rampup": config.ema.rampup,
+        "--ema.posthoc-kimg": config.ema.posthoc_kimg,
         "--optim.g-lr": config.optim.g_lr,
         "--optim.d-lr": config.optim.d_lr,
     }
@@ -496,6 +521,10 @@ def validate(config: Config) -> None:
     if not -1 < config.aug.target < 1:
         raise UserError(f"--aug.target {config.aug.target}: expected a mean sign, between -1 and 1")
     _validate_conditioning(config)
+    if 0 < config.keep < MIN_KEEP:
+        raise UserError(f"--keep {config.keep}: expected 0 for all, or {MIN_KEEP} at least: first, best and newest")
+    if config.metrics_images is not None and config.metrics_images < 2:
+        raise UserError(f"--metrics-images {config.metrics_images}: expected at least 2")
     base = config.network.channel_base
     if base is not None and base < res:
         raise UserError(f"--network.channel-base {base}: leaves less than one channel at {res} px; try {64 * res}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
@@ -36,6 +38,18 @@ def to_uint8(img: Tensor) -> Tensor:
     """
     scaled = (img.float() * 127.5 + 128).clamp_(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def shrunk(images: Tensor, side: int) -> Tensor:
+    """Return images [N, r, r, C] uint8 of at most `side` pixels, by box averages, of [N, R, R, C] uint8.
+
+    R and `side` are powers of two.
+    """
+    factor = max(1, images.shape[1] // side)
+    if factor == 1:
+        return images
+    means = avg_pool2d(images.permute(0, 3, 1, 2).float(), factor)
+    return means.round_().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def make_grid(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
@@ -80,6 +94,21 @@ def check_suffix(path: str | Path) -> None:
     if Path(path).suffix.lower() not in SAVE_OPTIONS:
         found = Path(path).suffix or "no suffix"
         raise UserError(f"cannot save an image as {path}: {found} found, expected {' or '.join(SAVE_OPTIONS)}")
+
+
+def save_clip(path: Path, frames: Sequence[NDArray[np.uint8]], frame_ms: int) -> None:
+    """Write frames [H, W, 3] uint8 as an animated GIF that goes on for ever; missing folders are made.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            first.save(temporary, format="GIF", save_all=True, append_images=others, duration=frame_ms, loop=0)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place or make room") from error
 
 
 def save_image(path: str | Path, image: NDArray[np.uint8]) -> None:

@@ -50,6 +50,8 @@ def place(tmp_path_factory) -> Path:
     assert main(["train", "--data", str(place / "prepared"), "--out", str(place / "run"), *shlex.split(SMALL)]) == 0
     run = place / "runs" / "00000-auto-faces-64"
     run.mkdir(parents=True)
+    for part in (place / "run").iterdir():
+        (run / part.name).symlink_to(part)
     official_file(place / "ffhq.pkl", "skip_resnet_32")
     (run / "network-000040.000.safetensors").symlink_to(place / "run" / "network-000000.004.safetensors")
     return place
@@ -65,6 +67,8 @@ def made_small(command: str) -> str:
         return command.replace("--arch 80,90,100", "--arch 90")
     if "prepare" in command:
         return command.replace("SHARDS", "SHARDS-OF-THIS-TEST").replace("--res 1024", "--res 16")
+    if "evaluate" in command:
+        return command.replace("PHOTOGRAPHS", "prepared") + " --images 4"
     if "train" in command:
         # The eight processes of the multi-GPU file are two here.
         command = command.replace("multi-gpu.yaml", "multi-gpu.yaml --num_processes 2").replace("SHARDS", "prepared")
@@ -102,6 +106,8 @@ def test_a_command_of_the_readme_runs(command, place):
     assert result.returncode == 0 or found_problems, result.stdout + result.stderr
     if "--out grid.png" in command:
         assert (place / "grid.png").exists()
+    if "report" in command:
+        assert (place / "runs" / "00000-auto-faces-64" / "report.html").exists()
 
 
 def test_the_readme_names_the_two_commands_and_the_main_job():

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from stylepipe.cli.dry_run import dry_run
 from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
+from stylepipe.cli.joined import joined
 from stylepipe.config import Config, filled, from_mapping
 from stylepipe.datasets.cache import (
     dataset_for_training,
@@ -40,18 +41,11 @@ from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
-from stylepipe.training.allocator import keep_freed_memory
 from stylepipe.training.checkpoint import State
-from stylepipe.training.distributed import (
-    leave,
-    make_accelerator,
-    on_every_process,
-    on_main_process,
-    use_all_cores,
-)
+from stylepipe.training.distributed import on_every_process, on_main_process
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.growth import Stage
-from stylepipe.training.launched import check_launch
+from stylepipe.training.measuring import evaluation_of
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
 from stylepipe.training.trainer import Trainer
@@ -76,18 +70,8 @@ What a flag says wins over the file, the file over the preset, the preset over t
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the options say; exits with 128 + signal number where a signal ended it."""
     config = parse(sys.argv[1:] if argv is None else argv)
-    accelerator = make_accelerator()
-    try:
-        check_launch(accelerator.num_processes)
-        if accelerator.is_main_process:
-            logging.basicConfig(level=logging.WARNING, format="%(message)s")
-            logging.getLogger("stylepipe").setLevel(logging.INFO)
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
-            use_all_cores()
+    with joined() as accelerator:
         exit_code = train(config, accelerator)
-    finally:
-        leave()
     if exit_code:
         sys.exit(exit_code)
 
@@ -154,6 +138,8 @@ def train(config: Config, accelerator: Accelerator) -> int:
         return 0
     assert dataset is not None
     check_same(accelerator, state, dataset, config.init)
+    evaluation = on_every_process(accelerator, evaluation_of, config, dataset, accelerator)
+    config = replace(config, metrics=evaluation.names if evaluation is not None else "none")
     out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -164,7 +150,9 @@ def train(config: Config, accelerator: Accelerator) -> int:
         if config.init is not None and state is None:
             lines += on_every_process(accelerator, start_from, recipe, config.init, dataset.classes)
             origin = origin_of(config.init)
-        trainer = stack.enter_context(closing(Trainer(config, recipe, dataset, accelerator, out, state, origin)))
+        trainer = stack.enter_context(
+            closing(Trainer(config, recipe, dataset, accelerator, out, state, origin, evaluation))
+        )
         del state
         for line in lines:
             trainer.say(line)

@@ -33,6 +33,10 @@ class Labels:
         self.c_dim = c_dim
         self._draws, self._labels_at, self._count, self._vectors = draws, labels_at, count, vectors
 
+    def drawn_by(self, draws: Draws) -> Labels:
+        """Return the same labels, drawn by others."""
+        return Labels(draws, self.c_dim, self._labels_at, self._count, self._vectors)
+
     def draw(self, purpose: str, positions: Sequence[int]) -> Tensor:
         """Return labels for generated images, [N, c_dim] float32."""
         if self.c_dim == 0:

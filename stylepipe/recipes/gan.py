@@ -28,6 +28,7 @@ from stylepipe.presets.defaults import STYLED
 from stylepipe.recipes.augmentation import Augmentation
 from stylepipe.recipes.build import alone, build_networks, schedule_of
 from stylepipe.recipes.conditioning import Labels, LabelSource
+from stylepipe.recipes.generated import MEASURED_SEED, GeneratedImages
 from stylepipe.recipes.growing import grown_so_far
 from stylepipe.recipes.remedies import HistoricalAverages, WeightBounds
 from stylepipe.recipes.sources import Latents, PlainSource, Source, StyleSource, follow_, follow_norms_
@@ -321,6 +322,18 @@ class GANRecipe:
             part = slice(start, start + stage.batch_gpu)
             z = self.draws.normal(purpose, numbers[part], self.G.z_dim)
             yield to_uint8(self.source.sample(G, z, c[part], stage))
+
+    def generated(self, stage: Stage) -> GeneratedImages:
+        self.begin(stage)
+        draws = Draws(MEASURED_SEED, self.device)
+        return GeneratedImages(
+            self.G_ema,
+            draws,
+            self.labels.drawn_by(draws).draw,
+            resolution=stage.resolution,
+            batch=stage.batch_gpu,
+            stage={"res": stage.resolution, "alpha": self.alpha if stage.fading else None},
+        )
 
     def classes_of_rows(self, rows: int) -> list[int]:
         return self.labels.classes_of_rows(rows)

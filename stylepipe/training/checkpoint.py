@@ -22,6 +22,7 @@ from stylepipe.datasets.shards import file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.run_files import kimg_name, network_files
+from stylepipe.training.power_ema import averages_files
 
 FORMAT_VERSION = 1
 DIVERGED = "diverged"
@@ -166,11 +167,17 @@ def prune_states(out: Path, keep: int) -> None:
 
 
 def set_aside_later(out: Path, path: Path | None) -> None:
-    """Rename the states and networks of `out` that are later than the state `path`, or all: none goes on from them."""
+    """Rename what `out` has later than the state `path`, or all: nothing goes on from these.
+
+    They are states, networks and power-function averages.
+    """
     for later in sorted([*_states(out), *network_files(out)]):
         kind, _, kimg = later.name.partition("-")
         if path is None or kimg.removesuffix(".safetensors") > path.name.partition("-")[2]:
             later.rename(_free(out / (f"{DIVERGED}-{kimg}" if kind == "state" else f"{DIVERGED}-{later.name}")))
+    for later in averages_files(out):
+        if path is None or later.stem > path.name.partition("-")[2]:
+            later.rename(_free(later.with_name(f"{DIVERGED}-{later.name}")))
 
 
 def _free(path: Path) -> Path:

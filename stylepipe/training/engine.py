@@ -20,11 +20,15 @@ from stylepipe.training.distributed import average_
 from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
+from stylepipe.training.power_ema import SIGMA_RELS, PowerEMA
 
 IN_A_ROW = "skipped_in_a_row"
 """Last part of the statistic of each phase that counts the updates skipped one after the other, up to now."""
 
-_SKIPPED = "skipped."  # of names in a state
+# Of names in a state.
+_SKIPPED = "skipped."
+_POWER = "power_"
+_POWER_START = "power_start"
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,14 @@ class Engine:
     Args:
         recipe: networks on their device, and what to do with them.
         optim: Adam's settings.
-        ema: half-life of the averages.
+        ema: half-life of the averages, and whether power-function averages are kept as well.
         rank, world_size: which of how many processes this is.
 
     Attributes:
         images_seen: the clock.
         skipped: [2] float32 for each phase by name: updates skipped for inf or NaN gradients, in all and in a row up
             to now. It stays on the device.
+        power_averages: of each averaged network by name, those of SIGMA_RELS, for `stylepipe ema`.
 
     The stage says how many images, batch_gpu, a device works on at a time. Image i of a batch of B belongs to
     micro-batch i mod (B / batch_gpu), and micro-batch s to process s mod world_size. So the same images meet in
@@ -62,6 +67,10 @@ class Engine:
         self.images_seen = 0
         self.arenas = {name: Arena(network) for name, network in recipe.networks.items()}
         self.averages = {name: EMA(network, self.arenas[name]) for name, network in recipe.averaged.items()}
+        self.power_averages = {
+            name: [PowerEMA(network, self.arenas[name], sigma_rel) for sigma_rel in SIGMA_RELS]
+            for name, network in (recipe.averaged.items() if ema.posthoc_kimg else ())
+        }
         self.optimizers = {name: self._optimizer(name, optim) for name in self.arenas}
         self.device = next(iter(self.arenas.values())).params.device
         self.record = Record(self.device)
@@ -91,6 +100,9 @@ class Engine:
         for name, average in self.averages.items():
             decay = ema_decay(self.images_seen, stage.batch_size, half_life, self._rampup)
             average.update(decay, self._used[name].windows)
+        for name, powers in self.power_averages.items():
+            for power in powers:
+                power.update(self.images_seen, stage.batch_size, self._used[name].windows)
 
     def run_phase(self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor) -> None:
         """Update one network.
@@ -150,6 +162,9 @@ class Engine:
             tensors |= {f"{name}.buffer.{key}": value for key, value in buffers.items()}
         for name, average in self.averages.items():
             tensors[f"{name}.average"] = average.arena.params.detach()
+        for name, powers in self.power_averages.items():
+            tensors |= {f"{name}.{_POWER}{power.name}": power.params for power in powers}
+            tensors[f"{name}.{_POWER_START}"] = torch.tensor(powers[0].start)
         return tensors | {f"{_SKIPPED}{name}": count for name, count in self.skipped.items()}
 
     def layout(self) -> dict[str, dict[str, list[int]]]:
@@ -161,17 +176,26 @@ class Engine:
         """Take over what `state` returned; names and shapes must be those of this engine.
 
         What the recipe names optional may be missing, since its options may change within a run, and so may counts of
-        phases that it did not have; it stays as it is.
+        phases that it did not have; it stays as it is. Power-function averages that are missing begin here.
         """
         self.images_seen = images_seen
+        without = [name for name in self.power_averages if f"{name}.{_POWER_START}" not in tensors]
         for name, tensor in self.state().items():
             if name not in tensors and (name in self.recipe.optional or name.startswith(_SKIPPED)):
+                continue
+            if name.partition(f".{_POWER}")[0] in without:
                 continue
             assert tensor.shape == tensors[name].shape, name
             tensor.copy_(tensors[name])
         for name, arena in self.arenas.items():
             for window in arena.frozen:  # a mean gradient from before they were frozen would go on moving them
                 self.optimizers[name].state["exp_avg"][window].zero_()
+        for name, powers in self.power_averages.items():
+            for power in powers:
+                if name in without:
+                    power.begin(images_seen)
+                else:
+                    power.start = int(tensors[f"{name}.{_POWER_START}"])
         self._stage = self._structure = None  # the number of steps has changed
 
     def _enter(self, stage: Stage) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,36 @@ class Annealed:
     ema_kimg: float
 
 
+class Generated(Protocol):
+    """Images that a network makes, by number.
+
+    Attributes:
+        resolution: of the images, in pixels.
+        seed: of what they are made of.
+        batch: how many are made at a time.
+        facts: what moves them besides network and seed.
+    """
+
+    resolution: int
+    seed: int
+    batch: int
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        """Return the images of these numbers, [n, R, R, 3] uint8 on the device."""
+        ...
+
+    def paths(self, numbers: Sequence[int], epsilon: float) -> Tensor:
+        """Return both ends of short ways through latent space, [n, 2, 3, R, R] float32 in [0, 255]."""
+        ...
+
+    def walks(self, count: int, frames: int, stops: int) -> Iterator[Tensor]:
+        """Yield the frames of `count` closed walks past so many latents, [count, R, R, 3] uint8 on the device."""
+        ...
+
+
 class Recipe(Protocol):
     """Networks, phases, what to sample and what to export.
 
@@ -168,6 +198,10 @@ class Recipe(Protocol):
 
         Each is [n, R, R, 3] uint8 on the device, R the stage's resolution.
         """
+        ...
+
+    def generated(self, stage: Stage) -> Generated:
+        """Return the images to measure the training by, of the averaged weights."""
         ...
 
     def classes_of_rows(self, rows: int) -> list[int]:

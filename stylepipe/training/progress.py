@@ -7,12 +7,12 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from stylepipe.files import atomic_path
-from stylepipe.run_files import LOG_FILE, STATS_FILE
+from stylepipe.run_files import LOG_FILE, METRICS_FILE, STATS_FILE
 
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
 
@@ -83,13 +83,15 @@ class Progress:
 
 
 class RunLog:
-    """Appends to a run's log.txt and stats.jsonl; every line is on its way to the disk when the call returns.
+    """Appends to a run's log.txt, stats.jsonl and metrics.jsonl.
+
+    Every line is on its way to the disk when the call returns.
 
     Each line of log.txt begins with the kimg at which it was written, each object of stats.jsonl with images_seen.
 
     Args:
         out: the run's folder, which exists.
-        resume_from_images_seen: drop what an interrupted run wrote later than this; None starts both files anew.
+        resume_from_images_seen: drop what an interrupted run wrote later than this; None starts the files anew.
     """
 
     def __init__(self, out: Path, resume_from_images_seen: int | None = None) -> None:
@@ -115,15 +117,23 @@ class RunLog:
         }
         self._stats.write(json.dumps({"images_seen": images_seen, **plain}, allow_nan=False) + "\n")
 
+    def measured(self, line: Mapping[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl, which `stylepipe evaluate` may be writing to as well."""
+        with open(self._out / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     def close(self) -> None:
-        """Close both files."""
+        """Close the files."""
         self._log.close()
         self._stats.close()
 
     def _open(self, resume_from_images_seen: int | None) -> None:
         self.images_seen = resume_from_images_seen or 0
-        log, stats = self._out / LOG_FILE, self._out / STATS_FILE
-        if resume_from_images_seen is not None:
+        log, stats, metrics = (self._out / name for name in (LOG_FILE, STATS_FILE, METRICS_FILE))
+        if resume_from_images_seen is None:
+            metrics.unlink(missing_ok=True)
+        else:
+            _drop_later_lines(metrics, _stats_position, resume_from_images_seen)
             _drop_later_lines(log, _log_position, resume_from_images_seen)
             _drop_later_lines(stats, _stats_position, resume_from_images_seen)
         mode = "w" if resume_from_images_seen is None else "a"
@@ -137,8 +147,8 @@ def _log_position(line: str) -> int:
 
 
 def _stats_position(line: str) -> int:
-    """Read the images seen from a line of stats.jsonl; raise a ValueError for a damaged one."""
-    return int(json.loads(line)["images_seen"])
+    """Read the images seen from a line of stats.jsonl or metrics.jsonl; raise a ValueError for a damaged one."""
+    return int(json.loads(line)["images_seen"] or 0)  # networks from elsewhere do not say
 
 
 def _drop_later_lines(path: Path, position: Callable[[str], int], images_seen: int) -> None:

@@ -15,9 +15,9 @@ from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
-from stylepipe.images import grid_shape, make_grid, save_image
+from stylepipe.images import grid_shape, make_grid, save_clip, save_image, shrunk
 from stylepipe.interop.network_file import save_network
-from stylepipe.run_files import GRIDS_FOLDER, LOG_FILE, REAL_GRID, STATS_FILE, kimg_name, network_file
+from stylepipe.run_files import CLIPS_FOLDER, GRIDS_FOLDER, LOG_FILE, REAL_GRID, STATS_FILE, kimg_name, network_file
 from stylepipe.training.checkpoint import (
     DIVERGED,
     amend_state,
@@ -29,8 +29,12 @@ from stylepipe.training.checkpoint import (
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
+from stylepipe.training.power_ema import averages_file
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
+
+CLIP_CELLS, CLIP_SIDE = 4, 128  # images side by side, pixels
+CLIP_STOPS, CLIP_FRAMES, CLIP_FRAME_MS = 3, 36, 80
 
 
 class Snapshots:
@@ -86,6 +90,15 @@ class Snapshots:
         self.tracker.log_image("Grids/fake", grid, self.engine.images_seen)
         self.say(f"grid: {path}")
 
+    def clip(self, stage: Stage) -> None:
+        """Save images that turn into one another, along closed walks through latent space."""
+        walks = self.engine.recipe.generated(stage).walks(CLIP_CELLS, CLIP_FRAMES, CLIP_STOPS)
+        frames = [make_grid(shrunk(frame, CLIP_SIDE).cpu().numpy(), CLIP_CELLS) for frame in walks]
+        path = self.out / CLIPS_FOLDER / f"{kimg_name(self.engine.images_seen)}.gif"
+        save_clip(path, frames, CLIP_FRAME_MS)
+        self.tracker.log_clip("Clips/fake", path, self.engine.images_seen)
+        self.say(f"clip: {path}")
+
     def snapshot(self, stage: Stage) -> None:
         """Save network and state; the state last, so that one that exists has its network beside it.
 
@@ -94,19 +107,38 @@ class Snapshots:
         """
         seen = self.engine.images_seen
         network_path = self.out / network_file(seen)
-        metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
-        if self.config.cond:  # names by number, or null where labels are vectors
-            metadata["classes"] = json.dumps(self.dataset.classes)
         network, beside = self.engine.recipe.export(stage)
         if not self.config.snapshot_with_d:
             beside = {}
         with self._cannot_save():
-            save_network(network_path, network, beside=beside, metadata={**self.origin, **metadata})
+            save_network(network_path, network, beside=beside, metadata=self._about())
             path = self._save_state()
             prune_states(self.out, self.config.keep_states)
         if self.config.tracker_artifacts:
-            self.tracker.log_artifact(network_path)
+            self.tracker.log_artifact(network_path, ["latest"])
         self.say(f"saved: {path}, {network_path.name}")
+
+    def averages(self, stage: Stage) -> None:
+        """Save the power-function averages of now, if any are kept, for `stylepipe ema`; those there already stay.
+
+        They are of the whole network, however far it has grown: averages add up then.
+
+        Raises:
+            UserError: as for `snapshot`.
+        """
+        seen = self.engine.images_seen
+        path = averages_file(self.out, seen)
+        if not self.engine.power_averages or path.exists():
+            return
+        ((first, *others),) = self.engine.power_averages.values()  # recipes average one network
+        if first.start == seen:  # nothing to average yet
+            return
+        grown = {"resolution": str(stage.resolution), "alpha": str(stage.alpha)}
+        length = {"sigma_rel": first.name, "ema_start": str(first.start)}
+        beside = {other.name: other.average for other in others}
+        with self._cannot_save():
+            path.parent.mkdir(exist_ok=True)
+            save_network(path, first.average, beside=beside, metadata=self._about() | grown | length)
 
     def set_aside(self) -> tuple[str, Path | None]:
         """Keep a diverged training's state and logs, and set aside what was saved since the last healthy state.
@@ -135,6 +167,14 @@ class Snapshots:
         with self._cannot_save():
             amend_state(path, {**self.history, "healthy": True})
 
+    def _about(self) -> dict[str, str]:
+        """Return what network files say of the run and the moment."""
+        seen = self.engine.images_seen
+        metadata = {"images_seen": str(seen), "data": self.dataset.name, "preset": str(self.config.preset)}
+        if self.config.cond:  # names by number, or null where labels are vectors
+            metadata["classes"] = json.dumps(self.dataset.classes)
+        return {**self.origin, **metadata}
+
     def _save_state(self, kind: str = "state") -> Path:
         engine = self.engine
         return save_state(self.out, engine.images_seen, engine.state(), engine.layout(), self._info(), kind)
@@ -143,7 +183,7 @@ class Snapshots:
     def _cannot_save(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UserError) as error:  # the last: a network that cannot be written
             raise UserError(
                 f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
                 f"there; make room, then start the same command with this --out to go on from the newest"

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Tracker:
         kind: "wandb", "tensorboard" or "none".
         accelerator: of this process; it needs no `log_with`.
         project: the dashboard's project; runs of one project are compared.
-        config: the resolved settings, nested dictionaries of plain values.
+        config: the resolved settings and the versions of code and data, nested dictionaries of plain values.
         out: the run's folder; the tracker's files go below it.
         run_id: of the run that is resumed, else None.
         images_seen: where the run goes on; TensorBoard drops what was logged later than that.
@@ -105,14 +105,44 @@ class Tracker:
         else:
             self._tracker.tracker.add_histogram(name, finite, global_step=images_seen)
 
-    def log_artifact(self, path: Path) -> None:
-        """Upload a network file, to be found under the run's id, version by version. TensorBoard has no such thing."""
+    def log_clip(self, name: str, path: Path, images_seen: int) -> None:
+        """Log an animated GIF."""
+        if isinstance(self._tracker, WandBTracker):
+            import wandb
+
+            self._tracker.log({name: wandb.Video(str(path), format="gif"), KIMG: images_seen / 1000})
+        elif self._tracker is not None:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # What add_video does, which would have the frames and moviepy.
+            with Image.open(path) as clip:
+                image = Summary.Image(height=clip.height, width=clip.width, colorspace=3)
+            image.encoded_image_string = path.read_bytes()
+            summary = Summary(value=[Summary.Value(tag=name, image=image)])
+            self._tracker.tracker.file_writer.add_summary(summary, images_seen)
+
+    def summarize(self, values: Mapping[str, float | str], images_seen: int) -> None:
+        """Have these stand for the run where runs are compared; TensorBoard draws numbers and shows words."""
+        if isinstance(self._tracker, WandBTracker):
+            self._tracker.tracker.summary.update(dict(values))
+        elif self._tracker is not None:
+            for name, value in values.items():
+                if isinstance(value, str):
+                    self._tracker.tracker.add_text(name, value, global_step=images_seen)
+                else:
+                    self._tracker.tracker.add_scalar(name, value, global_step=images_seen)
+
+    def log_artifact(self, path: Path, aliases: Sequence[str]) -> None:
+        """Upload a network file, to be found under the run's id, version by version. TensorBoard has no such thing.
+
+        A version that has been uploaded already only gets the aliases.
+        """
         if isinstance(self._tracker, WandBTracker):
             import wandb
 
             artifact = wandb.Artifact(f"network-{self.run_id}", type="model")
             artifact.add_file(str(path))  # into W&B's cache: a run that is rolled back writes other files of this name
-            self._tracker.tracker.log_artifact(artifact)
+            self._tracker.tracker.log_artifact(artifact, aliases=list(aliases))
 
     def alert(self, name: str, text: str, images_seen: int) -> None:
         """Call the user: W&B notifies as its settings there say, TensorBoard shows a text."""
@@ -154,10 +184,12 @@ def _start_wandb(
     import wandb
 
     def start(mode: str) -> WandBTracker:
+        # Accelerate's main process speaks for all; the group is where logs that a user adds on others find it.
+        group = os.environ.get("WANDB_RUN_GROUP", run_id if accelerator.num_processes > 1 else None)
         quiet = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S)
         name = os.environ.get("WANDB_NAME", out.name)
         tracker = WandBTracker(
-            project, mode=mode, dir=str(out), id=run_id, name=name, resume="allow", settings=quiet
+            project, mode=mode, dir=str(out), id=run_id, name=name, group=group, resume="allow", settings=quiet
         )  # fmt: skip
         _start(accelerator, tracker, project, config)
         # W&B's own steps cannot go back, as a run that is rolled back does: it would drop what comes with earlier ones.

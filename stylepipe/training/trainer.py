@@ -32,16 +32,20 @@ from stylepipe.training.checkpoint import (
 )
 from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
 from stylepipe.training.engine import Engine
+from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.launched import launcher_process
+from stylepipe.training.measuring import RunMetrics
 from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
+from stylepipe.training.power_ema import remove_later_averages
 from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import Tracker
 from stylepipe.training.watch import DiversityWatch
+from stylepipe.version import code_version
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class Trainer:
         state: where to go on from, or None to start anew.
         origin: what network files shall say of where a run that starts anew comes from, such as `derived_from`; one
             that goes on says what it said before.
+        evaluation: what measures the averaged network, or None.
 
     Attributes:
         first_image, total_images: where this process takes the training up, and where it ends.
@@ -84,6 +89,7 @@ class Trainer:
         out: Path,
         state: State | None = None,
         origin: Mapping[str, str] | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.config, self.recipe, self.dataset, self.accelerator, self.out = config, recipe, dataset, accelerator, out
         self.is_main = accelerator.is_main_process
@@ -128,17 +134,20 @@ class Trainer:
             with atomic_path(out / CONFIG_FILE) as path:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
             clear_remains(out)
+            own = state is not None and state.path.resolve().parent == out.resolve()
+            remove_later_averages(out, self.engine.images_seen if own else 0)
         self.log = RunLog(out, resumed) if self.is_main else None
         self.tracker = Tracker(
             config.tracker,
             accelerator,
             project=PROJECT,
-            config=settings,
+            config={**settings, "versions": {"code": code_version(), "data": dataset.facts}},
             out=out,
             run_id=run_id,
             images_seen=self.engine.images_seen,
         )
         self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
+        self.metrics = RunMetrics(config, recipe, evaluation, accelerator, out, self.log, self.tracker, self.say)
         self._note_history()
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
@@ -159,6 +168,9 @@ class Trainer:
                 self._on_main(partial(self.snapshots.grid, self._last))
             if self.config.on_divergence == "rollback":
                 self._see_to_a_healthy_state()
+            self._on_main(partial(self.snapshots.averages, self._last))  # a full disk, or another folder, may lack them
+            if self.first_image and self._measures_now() and not self.metrics.has(self.first_image):
+                self.metrics.measure(self._last, self.first_image)  # it was stopped before
             self._open_data()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             interrupted = False
@@ -175,6 +187,7 @@ class Trainer:
                 self.progress.update(self.engine.images_seen)
                 interrupted = interrupt.agreed()
                 self._keep_up(interrupted)
+                self._keep_averages(interrupted)
         self.say(self._closing(interrupt))
         return interrupt
 
@@ -239,6 +252,7 @@ class Trainer:
         except (UserError, _StoppedWaitingError):
             if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
                 self.snapshots.snapshot(self._last)
+                self.snapshots.averages(self._last)
             raise
 
     def _while_waiting(self, seconds: float) -> None:
@@ -251,15 +265,19 @@ class Trainer:
 
     def _keep_up(self, interrupted: bool) -> None:
         """Do what is due after a step."""
-        snapshot = interrupted or self.finished or self._due(self.config.snapshot_kimg)
+        measure = self._measures_now() and not interrupted
+        snapshot = interrupted or measure or self.finished or self._due(self.config.snapshot_kimg)
         grid = self.finished or self._due(self.config.grid_kimg)
+        clip = self.finished or self._due(self.config.clip_kimg)
         diversity = self._due(self.config.diversity_kimg)
-        if not (snapshot or grid or diversity or self._due(self.config.tick_kimg)):
+        if not (snapshot or grid or clip or diversity or self._due(self.config.tick_kimg)):
             return
         stats = self._tick(diversity)
         divergence = divergence_in(stats, self.config.divergence_updates)
         if grid:
             self._on_main(partial(self.snapshots.grid, self._last))
+        if clip and not interrupted:
+            self._on_main(partial(self.snapshots.clip, self._last))
         if divergence:
             self._recover(divergence)
         elif snapshot:
@@ -267,7 +285,23 @@ class Trainer:
                 self._rollbacks_in_a_row = 0
             self._note_history()
             self._on_main(partial(self.snapshots.snapshot, self._last))
+            if measure:  # what took so long to learn is saved before
+                self.metrics.measure(self._last, self.engine.images_seen)
+            self._on_main(self.metrics.thin_networks)
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+
+    def _measures_now(self) -> bool:
+        """Tell whether the network of now is to be measured."""
+        return (self.finished or self._due(filled(self.config.metrics_kimg))) and self.metrics.measures(self._last)
+
+    def _keep_averages(self, interrupted: bool) -> None:
+        """Save the power-function averages when they are due, after the state: on a full disk it matters more."""
+        if not self.engine.power_averages:
+            return
+        if interrupted or self.finished or self._due(filled(self.config.ema.posthoc_kimg)):
+            began = time.perf_counter()
+            self._on_main(partial(self.snapshots.averages, self._last))
+            self._tick_start += time.perf_counter() - began  # no step took it
 
     def _recover(self, divergence: str) -> None:
         """Roll back to the last healthy state, or stop; either way a state is kept of what happened.
@@ -299,6 +333,7 @@ class Trainer:
         seen = self.engine.images_seen
         try:
             self.log.rewind(seen)
+            self.metrics.follow_best()
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error}; make room, then start the same command") from error
         self.tracker.rewind(seen)

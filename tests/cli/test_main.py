@@ -50,7 +50,9 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureF
     assert front.main(["trian", "--res", "64"]) == 2
     assert capsys.readouterr().err == "error: unknown command trian: did you mean train?\n"
     assert front.main(["zzz"]) == 2
-    assert "expected one of train, prepare, data, sample, convert, bench" in capsys.readouterr().err
+    assert (
+        "expected one of train, prepare, data, sample, evaluate, report, ema, convert, bench" in capsys.readouterr().err
+    )
 
 
 def test_arguments_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,13 +90,16 @@ def finished(shards, tmp_path_factory) -> Path:
 def test_a_run_leaves_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.yaml", "log.txt", "stats.jsonl", "grids", ".lock"),
+        *("config.yaml", "log.txt", "stats.jsonl", "metrics.jsonl", "grids", "clips", "ema", ".lock"),
+        "network-best.safetensors",
         *("state-000000.064", "state-000000.128", "network-000000.064.safetensors", "network-000000.128.safetensors"),
     }
     grids = {path.name for path in (finished / "grids").iterdir()}
     assert grids == {"real.png", "000000.000.png", "000000.064.png", "000000.128.png"}
     with Image.open(finished / "grids" / "000000.128.png") as grid:
         assert grid.size == (15 * 16, 8 * 16)
+    with Image.open(finished / "clips" / "000000.128.gif") as clip:
+        assert (clip.size, clip.n_frames, clip.info["loop"]) == ((4 * 16, 16), 36, 0)
     stats = [json.loads(line) for line in (finished / "stats.jsonl").read_text().splitlines()]
     assert [line["images_seen"] for line in stats] == list(range(16, 129, 16))
     assert all(line["world_size"] == 1 for line in stats)

@@ -57,7 +57,7 @@ def tensors_of(state: Path) -> dict[str, torch.Tensor]:
 
 
 def folders(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir() if path.is_dir() and path.name != "grids")
+    return sorted(path.name for path in out.iterdir() if path.is_dir() and path.name not in ("grids", "clips", "ema"))
 
 
 def test_a_divergence_stops_with_a_state_to_look_at_and_the_healthy_one_to_go_on_from(shards, tmp_path, capsys):

@@ -53,7 +53,10 @@ def fill(kind: TrackerKind, accelerator: Accelerator, out: Path, **more: object)
     tracker.log_image("reals", out / "grid.png", 1000)
     tracker.log_histogram("Logits/real", np.array([1.0, 2.0, np.nan]), 1000)
     tracker.log_histogram("Logits/fake", np.array([np.inf]), 1000)
-    tracker.log_artifact(out / "grid.png")
+    tracker.log_artifact(out / "grid.png", ["latest"])
+    Image.fromarray(pixels).save(out / "clip.gif", save_all=True, append_images=[Image.fromarray(255 - pixels)])
+    tracker.log_clip("clip", out / "clip.gif", 1000)
+    tracker.summarize({"best/swd": 12.5, "best/swd_network": "network-000001.000.safetensors"}, 1000)
     tracker.alert("mode_collapse", "all images are alike", 1000)
     tracker.finish()
     tracker.alert("mode_collapse", "after the end: ignored", 1000)
@@ -64,7 +67,7 @@ def fill(kind: TrackerKind, accelerator: Accelerator, out: Path, **more: object)
 def test_none_logs_nothing(accelerator: Accelerator, tmp_path: Path) -> None:
     tracker = fill("none", accelerator, tmp_path / "run")
     assert tracker.run_id is None
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["grid.png"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["clip.gif", "grid.png"]
 
 
 def test_wandb_offline_keeps_everything_below_out_and_its_id_when_resumed(
@@ -148,7 +151,10 @@ def test_tensorboard_forgets_what_came_after_the_state(accelerator: Accelerator,
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("Loss/G/adversarial")] == [(1000, pytest.approx(0.7))]
-    assert set(events.Tags()["images"]) == {"grid", "reals"}
+    assert set(events.Tags()["images"]) == {"grid", "reals", "clip"}
+    assert events.Images("clip")[0].encoded_image_string == (out / "clip.gif").read_bytes()
+    assert [e.value for e in events.Scalars("best/swd")] == [12.5]
+    assert "best/swd_network/text_summary" in events.Tags()["tensors"]
     assert events.Tags()["histograms"] == ["Logits/real"]
     resumed = Tracker("tensorboard", accelerator, project="p", config=CONFIG, out=out, images_seen=500)
     resumed.log({"Loss/G/adversarial": 0.5}, 750)
@@ -215,6 +221,36 @@ def test_wandb_draws_over_kimg_and_loses_nothing_where_a_run_goes_back(
     assert [(row["Progress/kimg"], row["Loss"]) for row in rows] == [(1, 1), (2, 2), (2, 2.5), (3, 3.5)]
     (alert,) = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
     assert (alert.title, alert.text, alert.level) == ("rollback", "back to 1 kimg", "WARN")
+
+
+def test_wandb_keeps_the_best_versions_with_their_aliases_clips_and_the_group_of_all_processes(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(accelerator), "num_processes", property(lambda self: 2))
+    out = tmp_path / "run"
+    tracker = fill("wandb", accelerator, out)
+    (out / "network.safetensors").write_bytes(b"weights")
+    again = Tracker("wandb", accelerator, project="p", config=CONFIG, out=out, run_id=tracker.run_id)
+    again.log_artifact(out / "network.safetensors", ["latest", "best"])
+    again.finish()
+    records = list(records_of(out))
+    summary: dict[str, Any] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            summary |= {
+                (u.nested_key[0] if u.nested_key else u.key): json.loads(u.value_json) for u in record.summary.update
+            }
+    assert summary["best/swd"] == 12.5
+    assert summary["best/swd_network"] == "network-000001.000.safetensors"
+    artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    found = [(a.name, a.type, list(a.aliases)) for a in artifacts]
+    name = f"network-{tracker.run_id}"
+    assert found == [(name, "model", ["latest"]), (name, "model", ["latest", "best"])]
+    runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
+    assert {run.run_group for run in runs} == {tracker.run_id}
+    (clip,) = (out / "wandb").glob("offline-run-*/files/media/videos/clip_*.gif")
+    with Image.open(clip) as picture:
+        assert picture.n_frames == 2  # type: ignore[attr-defined]
 
 
 def test_tensorboard_drops_what_a_run_goes_back_over(accelerator: Accelerator, tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""Measuring a generator: real and generated images to numbers, shared by all processes, whatever the metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from stylepipe.datasets.processes import available_cpus
+from stylepipe.datasets.shards import ShardDataset
+from stylepipe.datasets.store import RemoteError
+from stylepipe.errors import UserError
+from stylepipe.metrics.extraction import Counts, Extraction, ImageSource, Rows, SharedRows, Team, Wanted, collect
+from stylepipe.metrics.path_length import EPSILON
+from stylepipe.metrics.registry import Metric
+from stylepipe.metrics.stored_rows import StoredRows, store_rows
+from stylepipe.training.distributed import local_processes, on_every_process
+from stylepipe.training.phase import Generated
+from stylepipe.version import code_version
+
+ROWS_VERSION = 1  # of what extractors take of images: raised when any of them changes
+REAL_BATCH = 32
+_ATTEMPTS = 10  # images that cannot be read one after the other
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a metric says of a generator, with all that moves it.
+
+    Attributes:
+        metric: its name.
+        results: its numbers by name, the most telling first.
+        best: which of that number is better, the lowest or the highest.
+        settings: what moves them besides the network; numbers of other settings are not to be compared.
+        seconds: that this metric took, without what it shares with others.
+    """
+
+    metric: str
+    results: Mapping[str, float]
+    best: str
+    settings: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def headline(self) -> float:
+        """The most telling number."""
+        return next(iter(self.results.values()))
+
+    def line(self, images_seen: int | None, network: str) -> dict[str, Any]:
+        """Return what metrics.jsonl says of it."""
+        return {
+            "metric": self.metric,
+            "images_seen": images_seen,
+            "network": network,
+            "results": dict(self.results),
+            "best": self.best,
+            "settings": dict(self.settings),
+            "code": code_version(),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.results.items())
+
+
+class Evaluation:
+    """Measures generators against the images of a dataset; every process takes part.
+
+    Args:
+        metrics: what to measure.
+        dataset: the real images, at the full resolution.
+        accelerator: device and processes.
+        cache: stylepipe's cache folder, where what is taken of real images is kept.
+        images: how many generated ones to take, in place of each metric's own number.
+        skip_bad: where a real image cannot be read, take the next that can.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        dataset: ShardDataset,
+        accelerator: Accelerator,
+        cache: Path,
+        images: int | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.metrics = metrics
+        self._dataset, self._accelerator, self._cache = dataset, accelerator, cache
+        self._images, self._skip_bad = images, skip_bad
+        self._device = accelerator.device
+        self._team = Team(accelerator.process_index, accelerator.num_processes)
+        self._kept: dict[Path, Rows] = {}  # of real images, where the cache cannot be written
+
+    @property
+    def names(self) -> str:
+        """The metrics, as --metrics has them."""
+        return ",".join(metric.name for metric in self.metrics)
+
+    def metrics_at(self, resolution: int) -> list[Metric]:
+        """Return those that images of a resolution are large enough for."""
+        return [metric for metric in self.metrics if metric.extraction.lowest <= resolution]
+
+    def check(self, resolution: int) -> None:
+        """Raise UserError where images of this resolution are too small, or too few, for a metric."""
+        for metric in self.metrics:
+            if metric.extraction.lowest > resolution:
+                raise UserError(f"{metric.name}: expected images of {metric.extraction.lowest} px at least")
+            self._counts(metric.extraction, metric.name)
+
+    def measure(self, generated: Generated) -> list[Measurement]:
+        """Measure a generator by the metrics that its images are large enough for.
+
+        Raises:
+            UserError: too few images for a metric, or real ones that cannot be read.
+        """
+        dataset = self._dataset.level(generated.resolution)
+        metrics = self.metrics_at(generated.resolution)
+        extractions = {metric.extraction.name: metric.extraction for metric in metrics}
+        compared = {metric.extraction.name: metric.extraction for metric in metrics if metric.compares}
+        counts = {metric.extraction.name: self._counts(metric.extraction, metric.name) for metric in metrics}
+        real = self._real_rows(compared, dataset, generated.seed, counts)
+        fake = self._fake_rows(extractions, generated, counts)
+        found = []
+        for metric in metrics:
+            start = time.perf_counter()
+            name = metric.extraction.name
+            rows = (real[name] if metric.compares else None, fake[name])
+            results = on_every_process(self._accelerator, metric.result, *rows, generated.seed, self._team)
+            settings: dict[str, Any] = {
+                "resolution": generated.resolution,
+                "images": counts[name].fake,
+                "seed": generated.seed,
+                **generated.facts,
+                "features": dict(metric.extraction.facts),
+            }
+            if metric.compares:
+                settings |= {"real_images": counts[name].real, "data": dataset.facts}
+            found.append(Measurement(metric.name, results, metric.best, settings, time.perf_counter() - start))
+        return found
+
+    def _counts(self, extraction: Extraction, name: str) -> Counts:
+        counts = extraction.counts(len(self._dataset), self._images)
+        least = 2 * self._team.size
+        if counts.fake < least or (counts.real < least and not extraction.paths):
+            raise UserError(
+                f"{name}: {counts.real} real and {counts.fake} generated images; expected {least} at least, two for "
+                f"each process"
+            )
+        return counts
+
+    def _real_rows(
+        self, extractions: Mapping[str, Extraction], dataset: ShardDataset, seed: int, counts: Mapping[str, Counts]
+    ) -> dict[str, Rows]:
+        """Return rows of the real images by extraction, taken now where the cache has none."""
+        about = {name: _about(extractions[name], dataset, seed, counts[name].real) for name in sorted(extractions)}
+        folders = {name: self._cache / "statistics" / f"{name}-{_digest(facts)}" for name, facts in about.items()}
+        missing = []
+        for name, folder in folders.items():
+            if self._team.all(folder.is_dir(), self._device):
+                self._kept[folder] = StoredRows(folder, self._device)
+            elif folder not in self._kept:
+                missing.append(name)
+        if missing:
+            real = {name: (extractions[name], counts[name].real) for name in missing}
+            wanted = self._wanted(real, dataset.resolution, seed, real=True)
+            with ThreadPoolExecutor(max(1, available_cpus() // local_processes()), "decoding") as pool:
+                source = _RealImages(dataset, self._skip_bad, pool, self._device)
+                taken = self._collect("real images", source, wanted, REAL_BATCH)
+            for name, rows in taken.items():
+                self._kept[folders[name]] = rows
+                if self._accelerator.is_local_main_process:
+                    store_rows(folders[name], rows, about[name])
+                else:
+                    for part in rows:
+                        rows[part]  # takes part in gathering them
+        return {name: self._kept[folder] for name, folder in folders.items()}
+
+    def _fake_rows(
+        self, extractions: Mapping[str, Extraction], generated: Generated, counts: Mapping[str, Counts]
+    ) -> dict[str, Rows]:
+        rows: dict[str, Rows] = {}
+        for paths, source in ((False, generated.images), (True, partial(generated.paths, epsilon=EPSILON))):
+            fake = {name: (e, counts[name].fake) for name, e in extractions.items() if e.paths == paths}
+            if fake:
+                wanted = self._wanted(fake, generated.resolution, generated.seed, real=False)
+                rows |= self._collect("generated images", source, wanted, max(2, generated.batch // 2 * 2))
+        return rows
+
+    def _wanted(
+        self, of: Mapping[str, tuple[Extraction, int]], resolution: int, seed: int, *, real: bool
+    ) -> dict[str, Wanted]:
+        def make() -> dict[str, Wanted]:
+            return {
+                name: Wanted(extraction.extractor(resolution, seed, real, self._device), count)
+                for name, (extraction, count) in of.items()
+            }
+
+        return on_every_process(self._accelerator, make)
+
+    def _collect(
+        self, what: str, source: ImageSource, wanted: Mapping[str, Wanted], batch: int
+    ) -> dict[str, SharedRows]:
+        shown = partial(self._shown, what)
+        take = partial(collect, source, wanted, batch=batch, team=self._team, device=self._device, progress=shown)
+        return on_every_process(self._accelerator, take)
+
+    def _shown(self, what: str, parts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Show a bar while the batches are gone through, on the main process."""
+        off = None if self._accelerator.is_main_process else True
+        with tqdm(total=sum(map(len, parts)), desc=what, unit="img", disable=off, leave=False) as bar:
+            for part in parts:
+                yield part
+                bar.update(len(part))
+
+
+class _RealImages:
+    """The images of a dataset by number, in its own order, which is a random one."""
+
+    def __init__(self, dataset: ShardDataset, skip_bad: bool, pool: ThreadPoolExecutor, device: torch.device) -> None:
+        self._dataset, self._skip_bad, self._pool, self._device = dataset, skip_bad, pool, device
+
+    def __call__(self, numbers: Sequence[int]) -> Tensor:
+        """Return [n, R, R, 3] uint8 on the device."""
+        side = self._dataset.resolution
+        images = np.empty((len(numbers), side, side, 3), dtype=np.uint8)
+        list(self._pool.map(self._read, numbers, images))
+        return torch.from_numpy(images).to(self._device)
+
+    def _read(self, number: int, out: NDArray[np.uint8]) -> None:
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._dataset.read_into((number + attempt) % len(self._dataset), out)
+            except RemoteError:
+                raise
+            except UserError:
+                if not self._skip_bad or attempt == _ATTEMPTS - 1:
+                    raise
+        return None
+
+
+def _about(extraction: Extraction, dataset: ShardDataset, seed: int, count: int) -> dict[str, Any]:
+    """Return all that rows of real images depend on."""
+    return {
+        "version": ROWS_VERSION,
+        "extraction": extraction.name,
+        "facts": dict(extraction.facts),
+        "resolution": dataset.resolution,
+        "seed": seed,
+        "images": count,
+        "data": dataset.facts,
+    }
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,247 @@
+"""The metrics of a run: measured at their intervals, kept in metrics.jsonl, and the best network found by them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from stylepipe.config import Config
+from stylepipe.datasets.cache import cache_folder
+from stylepipe.datasets.streaming import StreamedDataset
+from stylepipe.datasets.training_data import TrainingData
+from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
+from stylepipe.metrics.registry import metrics_named, parse_names
+from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, network_file, network_files
+from stylepipe.training.distributed import on_main_process
+from stylepipe.training.evaluation import Evaluation, Measurement
+from stylepipe.training.growth import Stage
+from stylepipe.training.phase import Recipe
+from stylepipe.training.progress import RunLog
+from stylepipe.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
+
+FALLBACK = "swd"  # needs nothing but the images
+
+
+def evaluation_of(config: Config, dataset: TrainingData, accelerator: Accelerator) -> Evaluation | None:
+    """Return what measures a run; None where nothing is measured.
+
+    Metrics whose weights or libraries are not here are warned of, and SWD stands in.
+
+    Raises:
+        UserError: a name is unknown, or the data has too few or too small images for a metric.
+    """
+    asked = parse_names("--metrics", FALLBACK if config.metrics is None else config.metrics)
+    if config.best_metric is not None and config.best_metric not in asked:
+        what = f"expected one of {', '.join(asked)}" if asked else "nothing is"
+        raise UserError(f"--best-metric {config.best_metric}: is not measured by --metrics; {what}")
+    if isinstance(dataset, StreamedDataset):
+        if config.metrics is not None and asked:
+            raise UserError(f"--metrics {config.metrics}: a stream has no fixed images to compare with; prepare it")
+        return None
+    names, notices = available(asked, cache_folder(), accelerator)
+    if accelerator.is_main_process:
+        for notice in notices:
+            logger.warning("%s", notice)
+    metrics = metrics_named(names, cache_folder())
+    evaluation = Evaluation(
+        metrics, dataset, accelerator, cache_folder(), config.metrics_images, config.on_bad == "skip"
+    )
+    try:
+        evaluation.check(config.res)
+    except UserError as error:
+        if config.metrics is not None:
+            raise UserError(f"--metrics {config.metrics}: {error}") from error
+        return None
+    return evaluation if metrics else None
+
+
+def available(names: Sequence[str], cache: Path, accelerator: Accelerator) -> tuple[list[str], list[str]]:
+    """Return the metrics that all processes can measure, and a sentence for each that they cannot."""
+    missing = {}
+    for name in names:
+        try:
+            metrics_named([name], cache)
+        except UserError as error:
+            missing[name] = str(error)
+    if accelerator.num_processes > 1:
+        for other in gather_object([missing]):
+            missing = {**other, **missing}
+    found = [name for name in names if name not in missing]
+    if missing and FALLBACK not in found:
+        found.append(FALLBACK)
+    notices = [f"--metrics {name}: {why}; this run measures {', '.join(found)}" for name, why in missing.items()]
+    return found, notices
+
+
+class RunMetrics:
+    """Measures the averaged network of a run and keeps what came out.
+
+    Args:
+        config: resolved settings.
+        recipe: what is trained.
+        evaluation: what measures it, or None.
+        accelerator: device and processes.
+        out: folder of the run.
+        log: the run's log, on the main process.
+        tracker: where numbers go as well.
+        say: tells the user.
+
+    Attributes:
+        seconds: that measuring took.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recipe: Recipe,
+        evaluation: Evaluation | None,
+        accelerator: Accelerator,
+        out: Path,
+        log: RunLog | None,
+        tracker: Tracker,
+        say: Callable[[str], None],
+    ) -> None:
+        self._recipe, self._evaluation, self._accelerator = recipe, evaluation, accelerator
+        self._out, self._log, self._tracker, self._say = out, log, tracker, say
+        self._keep, self._artifacts = config.keep, config.tracker_artifacts
+        names = [metric.name for metric in evaluation.metrics] if evaluation is not None else []
+        first = names[0] if names else None
+        self.best_metric = config.best_metric if config.best_metric in names else first
+        self.seconds = 0.0
+
+    def measures(self, stage: Stage) -> bool:
+        """Tell whether there is anything to measure at a stage."""
+        return self._evaluation is not None and bool(self._evaluation.metrics_at(stage.resolution))
+
+    def has(self, images_seen: int) -> bool:
+        """Tell, on every process, whether a moment has been measured."""
+        return on_main_process(
+            self._accelerator, lambda: any(line["images_seen"] == images_seen for line in measured_lines(self._out))
+        )
+
+    def measure(self, stage: Stage, images_seen: int) -> None:
+        """Measure the network of now, whose file has been saved; every process takes part."""
+        assert self._evaluation is not None
+        start = time.perf_counter()
+        found = self._evaluation.measure(self._recipe.generated(stage))
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        on_main_process(self._accelerator, self._note, found, images_seen, seconds)
+
+    def follow_best(self) -> None:
+        """Have network-best.safetensors be the best network of those that are there, or nothing."""
+        best = best_line(measured_lines(self._out), self.best_metric)
+        path = self._out / BEST_NETWORK
+        file = None if best is None else self._out / best["network"]
+        if file is None or not file.exists():
+            path.unlink(missing_ok=True)
+            return
+        if path.exists() and path.samefile(file):
+            return
+        with atomic_path(path) as temporary:
+            try:
+                os.link(file, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(file, temporary)
+
+    def thin_networks(self) -> None:
+        """Delete network files beyond `--keep`: never the best or the newest, and of the others the closest ones."""
+        if self._keep == 0:
+            return
+        best = best_line(measured_lines(self._out), self.best_metric)
+        kept = {best["network"]} if best is not None else set()
+        for path in surplus(network_files(self._out), self._keep, kept):
+            path.unlink()
+
+    def _note(self, found: Sequence[Measurement], images_seen: int, seconds: float) -> None:
+        assert self._log is not None
+        file = network_file(images_seen)
+        scalars = {"Timing/measuring_sec": seconds}
+        for measurement in found:
+            self._log.measured(measurement.line(images_seen, file))
+            scalars |= {f"Metrics/{name}": value for name, value in measurement.results.items()}
+            images = measurement.settings["images"]
+            self._say(f"measured: {measurement} ({images:,} images)")
+        self._tracker.log(scalars, images_seen)
+        self.follow_best()
+        best = best_line(measured_lines(self._out), self.best_metric)
+        if best is None:
+            return
+        name, value = next(iter(best["results"].items()))
+        summary = {
+            f"best/{name}": value,
+            f"best/{name}_kimg": best["images_seen"] / 1000,
+            f"best/{name}_network": best["network"],
+        }
+        self._tracker.summarize(summary, images_seen)
+        if best["images_seen"] == images_seen:
+            self._say(f"best {name} so far: {value:.4g}, now {BEST_NETWORK}")
+            if self._artifacts:
+                self._tracker.log_artifact(self._out / file, ["latest", "best"])
+
+
+def measured_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """Yield what metrics.jsonl of a run says, line by line; half a line of a killed process is passed over."""
+    try:
+        text = (out / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def best_line(lines: Iterator[Mapping[str, Any]], metric: str | None) -> Mapping[str, Any] | None:
+    """Return the best line of a metric among those of the run's own networks; the first of equal ones.
+
+    Only those with the settings of the newest can be compared.
+    """
+    own = [
+        line
+        for line in lines
+        if line["metric"] == metric
+        and line["images_seen"] is not None
+        and line["network"] == network_file(line["images_seen"])
+    ]
+    if not own:
+        return None
+    settings = max(own, key=lambda line: line["images_seen"])["settings"]
+    sign = 1 if own[-1]["best"] == "lowest" else -1
+    alike = [line for line in own if line["settings"] == settings]
+    return min(alike, key=lambda line: sign * next(iter(line["results"].values())))
+
+
+def surplus(files: Sequence[Path], keep: int, kept: set[str]) -> list[Path]:
+    """Return which of a run's network files to delete so that `keep` are left, evenly spread over the training.
+
+    Args:
+        files: by their moments, ascending.
+        keep: how many are to be left, the first and the last among them.
+        kept: names of others that stay.
+    """
+    left = list(files)
+    while len(left) > keep:
+        times = [images_seen_of(path) for path in left]
+        gaps = {
+            path: after - before
+            for path, before, after in zip(left[1:-1], times, times[2:], strict=False)
+            if path.name not in kept
+        }
+        if not gaps:
+            break
+        left.remove(min(gaps, key=lambda path: gaps[path]))
+    return [path for path in files if path not in left]
