@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from stylepipe.cli.finding import Finding, describe
 from stylepipe.errors import UserError
 from stylepipe.kernels import act_fir, bias_act, build, native, setup_filter, styled_act, styled_act_rgb, upfirdn2d
+from stylepipe.training.exact import full_float32
 
 # Two images whose sizes no tile divides, in channels that fill whole vectors.
 _N, _C, _H, _W = 2, 32, 19, 21
@@ -154,7 +154,7 @@ def worst_error(test: SelfTest, dtype: torch.dtype, device: torch.device) -> flo
         expected = _results(test, exact)
     real = torch.float32  # of the small operands, whatever the type of x
     given = {name: value.to(device, dtype if name == "x" else real) for name, value in exact.items()}
-    with _full_float32(device):
+    with full_float32(device):
         found = _results(test, given)
     return max(_relative_error(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -190,23 +190,6 @@ def _weights(y: Tensor) -> Tensor:
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double().cpu() - expected).abs().max() / expected.abs().max())
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Let float32 mean float32, also in PyTorch's own operations, which may round to TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _is_missed(source: str, dtype: torch.dtype, device: torch.device) -> bool:

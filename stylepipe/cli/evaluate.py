@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ import tyro
 from accelerate import Accelerator
 
 from stylepipe.cli.joined import joined
+from stylepipe.config import MAX_SEED
 from stylepipe.datasets.cache import cache_folder, dataset_for_training
-from stylepipe.datasets.shards import ShardDataset, file_sha256, open_dataset
+from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.datasets.streaming import is_stream
 from stylepipe.errors import UserError
-from stylepipe.interop.network_file import NetworkHeader, license_notice, load_network, read_header
+from stylepipe.interop.network_file import NetworkHeader, license_notice, load_network, read_header, same_labels
 from stylepipe.metrics.registry import METRICS, metrics_named, parse_names
 from stylepipe.metrics.weights import WEIGHTS_VARIABLE
 from stylepipe.recipes.conditioning import Labels
@@ -28,6 +28,7 @@ from stylepipe.run_files import METRICS_FILE
 from stylepipe.training.distributed import on_every_process, on_main_process
 from stylepipe.training.draws import Draws
 from stylepipe.training.evaluation import Evaluation, Measurement
+from stylepipe.training.progress import append_measured
 
 DESCRIPTION = """Measure the images of trained networks against photographs. Several processes share the work:
 
@@ -93,6 +94,8 @@ def look_up(options: EvaluateOptions) -> tuple[list[str], list[NetworkHeader], S
     names = parse_names("--metrics", options.metrics)
     if not names:
         raise UserError(f"--metrics {options.metrics}: nothing to measure; expected some of {', '.join(METRICS)}")
+    if not 0 <= options.seed < MAX_SEED:
+        raise UserError(f"--seed {options.seed}: expected 0 or more, and less than 2^63")
     for option, number in (("--images", options.images), ("--batch", options.batch)):
         if number is not None and number < 2:
             raise UserError(f"{option} {number}: expected at least 2")
@@ -108,16 +111,23 @@ def look_up(options: EvaluateOptions) -> tuple[list[str], list[NetworkHeader], S
         raise UserError(f"the networks make images of {sizes} px; measure those of one resolution at a time")
     if options.data is not None and is_stream(options.data):
         raise UserError(f"--data {options.data}: a stream has no fixed images to compare with; prepare it first")
-    labels = any(header.config["c_dim"] for header in headers)
     for path in options.networks:
         _see_writable(_results_file(path, options))
-    dataset = open_dataset(dataset_for_training(options.data, sizes[0], labels=labels), sizes[0])
+    dataset = open_data(options.data, sizes[0], labels=any(header.config["c_dim"] for header in headers))
     for path, header in zip(options.networks, headers, strict=True):
-        if (c_dim := header.config["c_dim"]) not in (0, dataset.c_dim):
+        if header.config["c_dim"] and not same_labels(path, header, dataset.c_dim, dataset.classes):
             raise UserError(
-                f"{path}: was trained with {c_dim} label dimensions, and {dataset.name} has {dataset.c_dim}"
+                f"{path}: its labels are not those of {dataset.name} ({header.config['c_dim']} dimensions there, "
+                f"{dataset.c_dim} here, or other classes); measure it on data with the labels it was trained on"
             )
     return names, headers, dataset
+
+
+def open_data(data: str | None, res: int, labels: bool) -> ShardDataset:
+    """Open the real images at a resolution; of a prepared folder of a higher one, at a level that it holds."""
+    if data is not None and is_prepared(data) and (dataset := open_dataset(data)).resolution > res:
+        return dataset.level(res)
+    return open_dataset(dataset_for_training(data, res, labels=labels), res)
 
 
 def generated_images(
@@ -152,8 +162,7 @@ def _report(path: Path, header: NetworkHeader, measurements: Sequence[Measuremen
         print(f"{path.name}: {measurement} ({measurement.settings['images']:,} images)")
     out = _results_file(path, options)
     try:
-        with open(out, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        append_measured(out, lines)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); the numbers above are not kept") from error
 

@@ -14,6 +14,7 @@ from stylepipe.interop.network_file import (
     lineage,
     load_network,
     read_header,
+    same_labels,
 )
 from stylepipe.interop.transfer import check_resolution, fill_discriminator, fill_generator
 from stylepipe.networks.stylegan2 import Discriminator, Generator
@@ -108,15 +109,15 @@ def start_from(recipe: GANRecipe, path: str, classes: Sequence[str] | None) -> l
     """
     header = read_header(path)
     device = recipe.device
-    same_labels = _same_labels(path, header, recipe.labels.c_dim, classes)
+    alike = same_labels(path, header, recipe.labels.c_dim, classes)
     own_g, has_d = "G" if "G" in header.beside else None, "D" in header.beside
     # G first: both hold one buffer of mean styles, and those of the average are the ones to keep.
-    fill_generator(recipe.G, cast(Generator, load_network(path, device, own_g)), same_labels)
-    fill_generator(recipe.G_ema, cast(Generator, load_network(path, device)), same_labels)
+    fill_generator(recipe.G, cast(Generator, load_network(path, device, own_g)), alike)
+    fill_generator(recipe.G_ema, cast(Generator, load_network(path, device)), alike)
     if has_d:
-        fill_discriminator(recipe.D, cast(Discriminator, load_network(path, device, "D")), same_labels)
+        fill_discriminator(recipe.D, cast(Discriminator, load_network(path, device, "D")), alike)
     recipe.start_pl_mean()
-    return _told(recipe, path, header, own_g is not None, has_d, same_labels)
+    return _told(recipe, path, header, own_g is not None, has_d, alike)
 
 
 def origin_of(path: str) -> dict[str, str]:
@@ -124,16 +125,6 @@ def origin_of(path: str) -> dict[str, str]:
     metadata = read_header(path).metadata
     licensed = {key: value for key, value in metadata.items() if key == "license"}
     return {"derived_from": lineage(path, metadata.get("derived_from")), **licensed}
-
-
-def _same_labels(path: str, header: NetworkHeader, c_dim: int, classes: Sequence[str] | None) -> bool:
-    """Tell whether labels mean the same in the file and in the data; of classes without names, as many do."""
-    if c_dim == 0 or c_dim != header.config["c_dim"]:
-        return c_dim == header.config["c_dim"]
-    names, vectors = classes_of(path, header.metadata, c_dim)
-    if names is None and not vectors:
-        return True
-    return names == (None if classes is None else list(classes))
 
 
 def _told(

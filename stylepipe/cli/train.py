@@ -45,7 +45,7 @@ from stylepipe.training.checkpoint import State
 from stylepipe.training.distributed import on_every_process, on_main_process
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.growth import Stage
-from stylepipe.training.measuring import evaluation_of
+from stylepipe.training.measuring import best_metric_of, evaluation_of
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
 from stylepipe.training.trainer import Trainer
@@ -139,7 +139,8 @@ def train(config: Config, accelerator: Accelerator) -> int:
     assert dataset is not None
     check_same(accelerator, state, dataset, config.init)
     evaluation = on_every_process(accelerator, evaluation_of, config, dataset, accelerator)
-    config = replace(config, metrics=evaluation.names if evaluation is not None else "none")
+    measured = evaluation.names if evaluation is not None else "none"
+    config = replace(config, metrics=measured, best_metric=best_metric_of(config, evaluation))
     out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
     with ExitStack() as stack:
         if accelerator.is_main_process:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -210,6 +210,16 @@ def classes_of(path: str | Path, metadata: Mapping[str, str], c_dim: int) -> tup
     if not isinstance(names, list) or len(names) != c_dim or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: the names of its classes in the header are damaged; expected a list of {c_dim} names")
     return names, False
+
+
+def same_labels(path: str | Path, header: NetworkHeader, c_dim: int, classes: Sequence[str] | None) -> bool:
+    """Tell whether labels mean the same in the file and in the data; of classes without names, as many do."""
+    if c_dim == 0 or c_dim != header.config["c_dim"]:
+        return c_dim == header.config["c_dim"]
+    names, vectors = classes_of(path, header.metadata, c_dim)
+    if names is None and not vectors:
+        return True
+    return names == (None if classes is None else list(classes))
 
 
 def lineage(path: str | Path, earlier: str | None) -> str:

@@ -43,11 +43,13 @@ class Extraction(Protocol):
     Attributes:
         name: tells it from others.
         lowest: resolution of the smallest images that it can look at.
+        seeded: what it takes of an image depends on the seed.
         paths: it looks at both ends of short ways through latent space instead, [n, 2, 3, R, R] float32 in [0, 255].
     """
 
     name: str
     lowest: int
+    seeded: bool
     paths: bool
 
     @property

@@ -17,10 +17,7 @@ from stylepipe.metrics.extraction import Counts, Rows
 
 IMAGES = 40_000  # 20,000 pairs
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales, from the finest on
-WINDOW, SIGMA = 11, 1.5  # pixels
-WHOLE_WINDOW_FROM = (WINDOW - 1) * 2 ** (len(WEIGHTS) - 1) + 1
-"""161 px: below it the window does not fit the coarsest scales and shrinks to them, its deviation with it."""
-
+WINDOW, SIGMA = 11, 1.5  # pixels; below 161 px they shrink to the size of the coarsest scales
 LOWEST_RESOLUTION = 2 ** (len(WEIGHTS) - 1)  # px: the coarsest scale is one pixel then
 
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -50,6 +47,7 @@ class PairSimilarities:
 
     name = "pairs"
     lowest = LOWEST_RESOLUTION
+    seeded = False
     paths = False
     facts: Mapping[str, Any] = {"window": f"{WINDOW} px, or the scale's size where that is smaller"}
 

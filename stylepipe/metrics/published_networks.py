@@ -47,6 +47,7 @@ class Inception:
 
     name = "inception"
     lowest = 4
+    seeded = False
     paths = False
 
     def __init__(self, cache: Path) -> None:
@@ -99,6 +100,7 @@ class DINOv2:
 
     name = "dinov2"
     lowest = 4
+    seeded = False
     paths = False
 
     def __init__(self, cache: Path) -> None:

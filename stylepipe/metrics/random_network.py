@@ -35,6 +35,7 @@ class RandomNetwork:
 
     name = "random"
     lowest = 4
+    seeded = False
     paths = False
 
     @property

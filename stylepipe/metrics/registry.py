@@ -41,6 +41,12 @@ METRICS: Mapping[str, str] = {
 }
 """What each name stands for."""
 
+SPLITS = 10  # of the Inception score, as published; so are the neighbours of precision and density
+PR_NEIGHBORS, DC_NEIGHBORS = 3, 5
+_ADDED_AT_A_TIME = 8192  # features, which are added up in float64
+
+WITHOUT_BEST = ("msssim",)  # noise has the lowest; it is compared with that of real images
+Best = Literal["lowest", "highest"] | None
 Result = Callable[[Rows | None, Rows, int, Team], dict[str, float]]
 
 
@@ -51,17 +57,19 @@ class Metric:
     Attributes:
         name: one of METRICS.
         extraction: what it looks at.
-        best: which is better, of the first of its numbers.
+        best: which is better, of the first of its numbers; None where neither is, so that it makes no network the best.
         result: makes its numbers by name, of rows of real images (None where it compares with none) and of generated
             ones, the seed and the team. All processes call it.
         compares: with real images.
+        at_least: images of either kind that it needs.
     """
 
     name: str
     extraction: Extraction
-    best: Literal["lowest", "highest"]
+    best: Best
     result: Result
     compares: bool = True
+    at_least: int = 2
 
 
 def metrics_named(names: Sequence[str], cache: Path) -> list[Metric]:
@@ -96,15 +104,15 @@ def _metric(name: str, cache: Path, networks: dict[str, Extraction]) -> Metric:
     if name == "swd":
         return Metric(name, PatchExtraction(), "lowest", _swd)
     if name == "msssim":
-        return Metric(name, PairSimilarities(), "lowest", _msssim)
+        return Metric(name, PairSimilarities(), None, _msssim)
     if name == "ppl":
         return Metric(name, PathLengths(cache), "lowest", _ppl, compares=False)
     kind, _, network = name.partition("-")
     features = _network(network or "inception", cache, networks)
     if name == "is":
-        return Metric(name, features, "highest", _inception_score, compares=False)
-    result, best = _ON_FEATURES[kind]
-    return Metric(name, features, best, partial(result, f"-{network}" if network else ""))
+        return Metric(name, features, "highest", _inception_score, compares=False, at_least=SPLITS)
+    result, best, at_least = _ON_FEATURES[kind]
+    return Metric(name, features, best, partial(result, f"-{network}" if network else ""), at_least=at_least)
 
 
 def _network(name: str, cache: Path, networks: dict[str, Extraction]) -> Extraction:
@@ -131,7 +139,7 @@ def _ppl(real: Rows | None, fake: Rows, seed: int, team: Team) -> dict[str, floa
 
 def _inception_score(real: Rows | None, fake: Rows, seed: int, team: Team) -> dict[str, float]:
     del real, team
-    score = inception_score(fake["logits"], seed=seed)
+    score = inception_score(fake["logits"], splits=SPLITS, seed=seed)
     return {"is": score.mean, "is_std": score.std}
 
 
@@ -149,13 +157,13 @@ def _kernel(suffix: str, real: Rows | None, fake: Rows, seed: int, team: Team) -
 
 def _precision_recall(suffix: str, real: Rows | None, fake: Rows, seed: int, team: Team) -> dict[str, float]:
     del seed, team
-    found = precision_recall(_features(real), _features(fake))
+    found = precision_recall(_features(real), _features(fake), neighbors=PR_NEIGHBORS)
     return {f"precision{suffix}": found.precision, f"recall{suffix}": found.recall}
 
 
 def _density_coverage(suffix: str, real: Rows | None, fake: Rows, seed: int, team: Team) -> dict[str, float]:
     del seed, team
-    found = density_coverage(_features(real), _features(fake))
+    found = density_coverage(_features(real), _features(fake), neighbors=DC_NEIGHBORS)
     return {f"density{suffix}": found.density, f"coverage{suffix}": found.coverage}
 
 
@@ -166,15 +174,16 @@ def _features(rows: Rows | None) -> Tensor:
 
 def _moments(features: Tensor) -> Moments:
     moments = Moments(features.shape[1], features.device)
-    moments.add(features)
+    for part in features.split(_ADDED_AT_A_TIME):
+        moments.add(part)
     return moments
 
 
-_ON_FEATURES: Mapping[str, tuple[Callable[..., dict[str, float]], Literal["lowest", "highest"]]] = {
-    "fid": (_frechet, "lowest"),
-    "fd": (_frechet, "lowest"),
-    "kid": (_kernel, "lowest"),
-    "pr": (_precision_recall, "highest"),
-    "dc": (_density_coverage, "highest"),
+_ON_FEATURES: Mapping[str, tuple[Callable[..., dict[str, float]], Best, int]] = {
+    "fid": (_frechet, "lowest", 2),
+    "fd": (_frechet, "lowest", 2),
+    "kid": (_kernel, "lowest", 2),
+    "pr": (_precision_recall, "highest", PR_NEIGHBORS + 1),
+    "dc": (_density_coverage, "highest", DC_NEIGHBORS + 1),
 }
 _PUBLISHED: Mapping[str, Callable[[Path], Extraction]] = {"inception": Inception, "dinov2": DINOv2}

@@ -56,6 +56,7 @@ class PatchExtraction:
 
     name = "patches"
     lowest = LOWEST_RESOLUTION
+    seeded = True
     paths = False
     facts: Mapping[str, Any] = {"patches": f"{PATCHES} of {PATCH} x {PATCH} px, normalized by the set's own colours"}
 
@@ -140,7 +141,7 @@ def patch_distances(real: Rows, fake: Rows, seed: int, team: Team = ALONE) -> di
     """
     on = directions(seed)
     of_levels = {}
-    for level in real:
+    for level in fake:
         theirs, ours = (_normalized(rows[level].view(-1, 3 * PATCH**2)) for rows in (real, fake))
         own = sliced_wasserstein(theirs, ours, on[team.rank :: team.size].to(ours.device)).sum()
         of_levels[f"swd_{level}"] = float(team.sum(own.to(ours.device))) / len(on) * SCALE

@@ -64,13 +64,15 @@ def find_weights(file: WeightFile, cache: Path) -> FoundWeights:
     for folder in folders:
         path = folder / file.name
         if path.is_file():
-            digest = _digest(path, path.stat().st_mtime_ns)
+            try:
+                digest = _checked_digest(path, path.stat().st_mtime_ns)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
             if file.sha256 is not None and not digest.startswith(file.sha256):
                 raise UserError(
                     f"{path}: is not the published file (SHA-256 {digest[:8]}... instead of {file.sha256}...); get it "
                     f"again from {file.url}"
                 )
-            _check_plain(path)
             return FoundWeights(path, digest)
     raise UserError(f"{file.name} is not here: put the file from {file.url} into {folders[0]}")
 
@@ -98,15 +100,13 @@ def as_downloaded(files: Sequence[FoundWeights]) -> Iterator[None]:
 
 
 @lru_cache
-def _digest(path: Path, changed: int) -> str:
+def _checked_digest(path: Path, changed: int) -> str:
+    """Return the digest of a file, and see that it holds tensors only: libraries would run whatever else is in it."""
     del changed  # a file that is replaced is read again
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_plain(path: Path) -> None:
-    """See that a file holds tensors only: the libraries that read it would run whatever else is in it."""
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises many types
         raise UserError(f"{path}: holds no plain tensors ({' '.join(str(error).split())[:200]})") from error
+    return digest

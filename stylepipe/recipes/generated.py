@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stylepipe.errors import UserError
 from stylepipe.images import to_uint8
 from stylepipe.training.draws import Draws
 
@@ -47,24 +49,25 @@ class GeneratedImages:
         self._psi, self._stage = truncation_psi, dict(stage or {})
         self.styled = hasattr(G, "mapping")
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What moves the images besides the network and the seed."""
+    def facts(self, paths: bool = False) -> Mapping[str, Any]:
+        """Return what moves the images, or the paths, besides the network and the seed."""
+        space = {"space": "w" if self.styled else "z"} if paths else {}
         if not self.styled:
-            return {}
-        return {"truncation_psi": self._psi, "noise": "random"}
+            return space
+        return {**space, "truncation_psi": self._psi, "noise": "const" if paths else "random"}
 
     @torch.no_grad()
     def images(self, numbers: Sequence[int]) -> Tensor:
         """Return the images of these numbers, [n, R, R, 3] uint8 on the device."""
         parts = [numbers[start : start + self.batch] for start in range(0, len(numbers), self.batch)]
-        return torch.cat([to_uint8(self._made(self._codes(part), part)) for part in parts])
+        return torch.cat([to_uint8(self._finite(self._made(self.G, self._codes(part), part))) for part in parts])
 
     @torch.no_grad()
     def paths(self, numbers: Sequence[int], epsilon: float) -> Tensor:
         """Return images of latents and of others a share `epsilon` of the way further on to another latent.
 
-        With styles the way is a line in w, without it is an arc in z.
+        With styles the way is a line in w, without it is an arc in z. All is float32, and the noise that which all
+        images share, as for published numbers: the ends are closer than half precision can tell apart.
 
         Returns:
             [n, 2, 3, R, R] float32 in [0, 255], not rounded.
@@ -88,13 +91,13 @@ class GeneratedImages:
             there = torch.stack([c[(int(stop) + 1) % stops] for c in codes])
             code = self._between(here, there, (1 - math.cos(math.pi * share)) / 2)
             parts = [range(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
-            yield torch.cat([to_uint8(self._made(code[p.start : p.stop], list(p), still=True)) for p in parts])
+            yield torch.cat([to_uint8(self._made(self.G, code[p.start : p.stop], p, still=True)) for p in parts])
 
     def _path(self, numbers: Sequence[int], epsilon: float) -> Tensor:
         start = self._codes(numbers)
         end = self._between(start, self._codes(numbers, "metrics/to"), epsilon)
-        both = [(self._made(code, numbers, still=True) + 1) * 127.5 for code in (start, end)]  # as published
-        return torch.stack(both, dim=1)
+        both = [(self._made(self._exact, code, numbers, still=True) + 1) * 127.5 for code in (start, end)]
+        return self._finite(torch.stack(both, dim=1))
 
     def _codes(self, numbers: Sequence[int], purpose: str = "metrics") -> Tensor:
         """Return ws [n, num_ws, w_dim], or z [n, z_dim] of a generator without styles."""
@@ -104,16 +107,33 @@ class GeneratedImages:
         ws: Tensor = self.G.mapping(z, self._labels_of("metrics/c", numbers), truncation_psi=self._psi)
         return ws
 
-    def _made(self, code: Tensor, numbers: Sequence[int], still: bool = False) -> Tensor:
+    @cached_property
+    def _exact(self) -> Any:
+        """The generator, in float32 throughout."""
+        if not self.G.config.get("half_levels"):
+            return self.G
+        device = next(self.G.parameters()).device
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave no trace of drawing them
+            exact = type(self.G)(**{**self.G.config, "half_levels": 0})
+        exact.load_state_dict(self.G.state_dict())
+        return exact.to(device).eval().requires_grad_(False)
+
+    def _finite(self, img: Tensor) -> Tensor:
+        """Return images; raise UserError where they are none: as bytes they would be black, and have a score."""
+        if not img.isfinite().all():
+            raise UserError("the network makes images that are inf or NaN: there is nothing to measure")
+        return img
+
+    def _made(self, G: Any, code: Tensor, numbers: Sequence[int], still: bool = False) -> Tensor:
         """Return images [n, 3, R, R] of codes; `still` has the noise that all images of the network share."""
         if not self.styled:
-            img: Tensor = self.G(code, self._labels_of("metrics/c", numbers), **self._stage)
+            img: Tensor = G(code, self._labels_of("metrics/c", numbers), **self._stage)
             return img.float()
         noise = None
         if not still:
-            size = self.G.synthesis.noise_size(self._stage.get("res"))
+            size = G.synthesis.noise_size(self._stage.get("res"))
             noise = self._draws.image_noise("metrics/noise", numbers, [size])
-        img = self.G.synthesis(code, noise_mode="const" if still else "random", noise=noise, **self._stage)
+        img = G.synthesis(code, noise_mode="const" if still else "random", noise=noise, **self._stage)
         return img.float()
 
     def _between(self, here: Tensor, there: Tensor, share: float) -> Tensor:

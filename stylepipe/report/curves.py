@@ -100,10 +100,14 @@ def latest(curve: Curve | None) -> float | None:
 
 
 def trained_seconds(curve: Curve | None) -> float | None:
-    """Return the seconds that all steps took, of the seconds per kimg at each log line."""
+    """Return the seconds that all steps took, of the seconds per kimg at each log line.
+
+    A run that goes on from another's state begins where that ended: its first interval is taken to be as the next.
+    """
     if curve is None or not len(curve.x):
         return None
-    images = np.diff(curve.x, prepend=0)
+    first = curve.x[0] if len(curve.x) == 1 else min(curve.x[0], curve.x[1] - curve.x[0])
+    images = np.diff(curve.x, prepend=curve.x[0] - first)
     return float(np.nansum(curve.y * images / 1000))
 
 

@@ -124,7 +124,7 @@ function metrics(shared) {
     const told = metric.runs.map((run) => run && run.best && run.best.y);
     const values = told.filter((value) => typeof value === "number");
     const winner = metric.best === "highest" ? Math.max(...values) : Math.min(...values);
-    const name = [metric.metric, el("span", { class: "soft" }, `, ${metric.best} is best`),
+    const name = [metric.metric, el("span", { class: "soft" }, metric.best ? `, ${metric.best} is best` : ""),
       metric.differs && el("div", { class: "soft small" }, metric.differs)];
     return metric.runs.map((run, number) => ({ run, number })).filter(({ run }) => run).map(({ run, number }, i, all) => el("tr", {},
       i === 0 && el("th", { rowspan: all.length, title: metric.settings.map((one) => one.join(" ")).join("\n") }, name),
@@ -144,7 +144,7 @@ function metrics(shared) {
     })));
     return add(shared, {
       key: `metric ${metric.metric} ${JSON.stringify(metric.settings)}`, title: metric.metric,
-      unit: metric.differs || `${metric.best} is best`, dots: true, series,
+      unit: metric.differs || (metric.best ? `${metric.best} is best` : ""), dots: true, series,
     });
   });
   return el("section", {}, el("h2", {}, "Metrics"), table, el("div", { class: "charts", style: "margin-top: 16px" }, made));

@@ -257,13 +257,13 @@ def _read_scores(run: Run) -> None:
                 images_seen=line["images_seen"],
                 network=_text(network) if isinstance(network, str) else "",
                 results=results,
-                best=line.get("best", ""),
+                best=line.get("best") or "",
                 settings=settings if isinstance(settings, dict) else {},
             )
         except (KeyError, AttributeError):
             wrong += 1
             continue
-        if results and score.best in ("lowest", "highest"):
+        if results and score.best in ("lowest", "highest", ""):
             run.scores.append(score)
         else:
             wrong += 1
@@ -325,6 +325,8 @@ def _json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
         try:
             values = json.loads(line)
             seen = values["images_seen"]
+            if seen is None:  # of a network from elsewhere, which does not say
+                continue
             if isinstance(seen, bool) or not 0 <= seen < 2**53:  # the page's numbers are doubles
                 raise ValueError(seen)
             values["images_seen"] = int(seen)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stylepipe.report.run import Curve, Run, Score, flat
+from stylepipe.run_files import network_file
 
 _DIGEST_LENGTH = 12  # characters: enough to tell data apart
 
@@ -21,7 +22,7 @@ class Series:
 
     metric: str
     best: str
-    """`lowest` or `highest`."""
+    """`lowest` or `highest`, or empty where neither is."""
     settings: dict[str, Any]
     differs: str
     """The settings in which it differs from the other series of its metric; empty if it is the only one."""
@@ -35,7 +36,7 @@ class Series:
 
     def best_of(self, run: int) -> Score | None:
         """Return a run's best score, of equal ones the first; None where it has none that is finite."""
-        scores = [score for score in self.runs[run].values() if not math.isnan(self.value(score))]
+        scores = [score for score in self.runs[run].values() if self.best and not math.isnan(self.value(score))]
         sign = -1 if self.best == "highest" else 1
         return min(scores, key=lambda score: sign * self.value(score), default=None)
 
@@ -61,11 +62,14 @@ class Series:
 def all_series(runs: Sequence[Run]) -> list[Series]:
     """Sort the scores of runs into series, in the order in which they were first measured.
 
-    Of several scores of one moment the latest counts.
+    Of several scores of one moment the latest counts. Those of other networks than a run has saved at its moments, such
+    as averages that were made afterwards, are no part of its curves.
     """
     found: dict[tuple[str, str, str], Series] = {}
     for number, run in enumerate(runs):
         for score in run.scores:
+            if score.network != network_file(score.images_seen):
+                continue
             key = (score.metric, score.best, json.dumps(score.settings, sort_keys=True))
             new = Series(score.metric, score.best, score.settings, "", [{} for _ in runs])
             found.setdefault(key, new).runs[number][score.images_seen] = score

@@ -19,7 +19,8 @@ from stylepipe.training.arena import mark_only, mark_trained, trained_parameters
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
 
-_COPIES = 5  # of every weight: parameter, gradient, two moments, moving average
+_COPIES = 4  # of every weight: parameter, gradient, two moments
+_AVERAGES = 3  # of averaged networks: the moving average, and two for `stylepipe ema`
 _LARGEST_TEMPORARIES = 4  # tensors of the largest kind that live beside the kept ones, in a convolution's backward
 
 
@@ -42,13 +43,17 @@ def estimate(recipe: Recipe, c_dim: int, batch_gpu: int, stage: Stage | None = N
     That of a stage; by default of the last, which takes the most.
     """
     stage = recipe.schedule.final() if stage is None else stage
-    weights = sum(p.numel() * p.element_size() for net in recipe.networks.values() for p in net.parameters())
     trained = {name: trained_parameters(network) for name, network in recipe.networks.items()}
     costs = {phase.name: _cost(recipe, trained, phase, stage, c_dim, batch_gpu) for phase in recipe.phases}
     for parameters in trained.values():
         mark_trained(parameters, True)
     flops = {name: cost[0] for name, cost in costs.items()}
-    return Estimate(flops, weights * _COPIES + max(cost[1] for cost in costs.values()))
+    held = _COPIES * _bytes(recipe.networks) + _AVERAGES * _bytes(recipe.averaged)
+    return Estimate(flops, held + max(cost[1] for cost in costs.values()))
+
+
+def _bytes(networks: Mapping[str, nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for network in networks.values() for p in network.parameters())
 
 
 def peak_memory(recipe: Recipe, c_dim: int, stages: Sequence[Stage]) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from stylepipe.metrics.path_length import EPSILON
 from stylepipe.metrics.registry import Metric
 from stylepipe.metrics.stored_rows import StoredRows, store_rows
 from stylepipe.training.distributed import local_processes, on_every_process
+from stylepipe.training.exact import full_float32
 from stylepipe.training.phase import Generated
 from stylepipe.version import code_version
 
-ROWS_VERSION = 1  # of what extractors take of images: raised when any of them changes
-REAL_BATCH = 32
+ROWS_VERSION = 2  # of what extractors take of images: raised when any of them changes
+REAL_PIXELS = 1 << 22  # at a time, on the device
 _ATTEMPTS = 10  # images that cannot be read one after the other
 
 
@@ -43,21 +44,16 @@ class Measurement:
     Attributes:
         metric: its name.
         results: its numbers by name, the most telling first.
-        best: which of that number is better, the lowest or the highest.
+        best: which of that number is better, the lowest or the highest; None if neither is.
         settings: what moves them besides the network; numbers of other settings are not to be compared.
-        seconds: that this metric took, without what it shares with others.
+        seconds: that the whole measuring took, of which metrics share most.
     """
 
     metric: str
     results: Mapping[str, float]
-    best: str
+    best: str | None
     settings: Mapping[str, Any]
     seconds: float
-
-    @property
-    def headline(self) -> float:
-        """The most telling number."""
-        return next(iter(self.results.values()))
 
     def line(self, images_seen: int | None, network: str) -> dict[str, Any]:
         """Return what metrics.jsonl says of it."""
@@ -102,7 +98,8 @@ class Evaluation:
         self._images, self._skip_bad = images, skip_bad
         self._device = accelerator.device
         self._team = Team(accelerator.process_index, accelerator.num_processes)
-        self._kept: dict[Path, Rows] = {}  # of real images, where the cache cannot be written
+        self._kept: dict[Path, Rows] = {}  # of real images, in memory where the cache cannot be written
+        self._going_on: Callable[[], None] = lambda: None
 
     @property
     def names(self) -> str:
@@ -118,24 +115,35 @@ class Evaluation:
         for metric in self.metrics:
             if metric.extraction.lowest > resolution:
                 raise UserError(f"{metric.name}: expected images of {metric.extraction.lowest} px at least")
-            self._counts(metric.extraction, metric.name)
+            self._counts(metric)
 
-    def measure(self, generated: Generated) -> list[Measurement]:
+    def measure(self, generated: Generated, going_on: Callable[[], None] = lambda: None) -> list[Measurement]:
         """Measure a generator by the metrics that its images are large enough for.
+
+        Args:
+            generated: its images.
+            going_on: is called before each batch; what it raises ends the measuring.
 
         Raises:
             UserError: too few images for a metric, or real ones that cannot be read.
         """
+        self._going_on = going_on
+        start = time.perf_counter()
+        with full_float32(self._device):
+            found = self._found(generated)
+        seconds = time.perf_counter() - start
+        return [replace(measurement, seconds=seconds) for measurement in found]
+
+    def _found(self, generated: Generated) -> list[Measurement]:
         dataset = self._dataset.level(generated.resolution)
         metrics = self.metrics_at(generated.resolution)
         extractions = {metric.extraction.name: metric.extraction for metric in metrics}
         compared = {metric.extraction.name: metric.extraction for metric in metrics if metric.compares}
-        counts = {metric.extraction.name: self._counts(metric.extraction, metric.name) for metric in metrics}
+        counts = {metric.extraction.name: self._counts(metric) for metric in metrics}
         real = self._real_rows(compared, dataset, generated.seed, counts)
         fake = self._fake_rows(extractions, generated, counts)
         found = []
         for metric in metrics:
-            start = time.perf_counter()
             name = metric.extraction.name
             rows = (real[name] if metric.compares else None, fake[name])
             results = on_every_process(self._accelerator, metric.result, *rows, generated.seed, self._team)
@@ -143,22 +151,20 @@ class Evaluation:
                 "resolution": generated.resolution,
                 "images": counts[name].fake,
                 "seed": generated.seed,
-                **generated.facts,
+                **generated.facts(metric.extraction.paths),
                 "features": dict(metric.extraction.facts),
             }
             if metric.compares:
                 settings |= {"real_images": counts[name].real, "data": dataset.facts}
-            found.append(Measurement(metric.name, results, metric.best, settings, time.perf_counter() - start))
+            found.append(Measurement(metric.name, results, metric.best, settings, 0.0))
         return found
 
-    def _counts(self, extraction: Extraction, name: str) -> Counts:
-        counts = extraction.counts(len(self._dataset), self._images)
-        least = 2 * self._team.size
-        if counts.fake < least or (counts.real < least and not extraction.paths):
-            raise UserError(
-                f"{name}: {counts.real} real and {counts.fake} generated images; expected {least} at least, two for "
-                f"each process"
-            )
+    def _counts(self, metric: Metric) -> Counts:
+        counts = metric.extraction.counts(len(self._dataset), self._images)
+        least = max(metric.at_least, 2 * self._team.size)  # pairs for every process
+        if counts.fake < least or (metric.compares and counts.real < least):
+            real = f"{counts.real} real and " if metric.compares else ""
+            raise UserError(f"{metric.name}: {real}{counts.fake} generated images; expected {least} at least")
         return counts
 
     def _real_rows(
@@ -178,14 +184,17 @@ class Evaluation:
             wanted = self._wanted(real, dataset.resolution, seed, real=True)
             with ThreadPoolExecutor(max(1, available_cpus() // local_processes()), "decoding") as pool:
                 source = _RealImages(dataset, self._skip_bad, pool, self._device)
-                taken = self._collect("real images", source, wanted, REAL_BATCH)
+                batch = min(64, max(2, REAL_PIXELS // dataset.resolution**2))
+                taken = self._collect("real images", source, wanted, batch)
             for name, rows in taken.items():
-                self._kept[folders[name]] = rows
+                folder = folders[name]
                 if self._accelerator.is_local_main_process:
-                    store_rows(folders[name], rows, about[name])
+                    store_rows(folder, rows, about[name])
                 else:
                     for part in rows:
                         rows[part]  # takes part in gathering them
+                stored = self._team.all(folder.is_dir(), self._device)
+                self._kept[folder] = StoredRows(folder, self._device) if stored else rows
         return {name: self._kept[folder] for name, folder in folders.items()}
 
     def _fake_rows(
@@ -222,6 +231,7 @@ class Evaluation:
         off = None if self._accelerator.is_main_process else True
         with tqdm(total=sum(map(len, parts)), desc=what, unit="img", disable=off, leave=False) as bar:
             for part in parts:
+                self._going_on()
                 yield part
                 bar.update(len(part))
 
@@ -258,7 +268,7 @@ def _about(extraction: Extraction, dataset: ShardDataset, seed: int, count: int)
         "extraction": extraction.name,
         "facts": dict(extraction.facts),
         "resolution": dataset.resolution,
-        "seed": seed,
+        "seed": seed if extraction.seeded else None,
         "images": count,
         "data": dataset.facts,
     }

@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -20,13 +20,13 @@ from stylepipe.datasets.streaming import StreamedDataset
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
-from stylepipe.metrics.registry import metrics_named, parse_names
+from stylepipe.metrics.registry import WITHOUT_BEST, metrics_named, parse_names
 from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, network_file, network_files
 from stylepipe.training.distributed import on_main_process
 from stylepipe.training.evaluation import Evaluation, Measurement
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import Recipe
-from stylepipe.training.progress import RunLog
+from stylepipe.training.progress import append_measured
 from stylepipe.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ def evaluation_of(config: Config, dataset: TrainingData, accelerator: Accelerato
     if config.best_metric is not None and config.best_metric not in asked:
         what = f"expected one of {', '.join(asked)}" if asked else "nothing is"
         raise UserError(f"--best-metric {config.best_metric}: is not measured by --metrics; {what}")
+    if config.best_metric in WITHOUT_BEST:
+        raise UserError(f"--best-metric {config.best_metric}: neither its lowest nor its highest is best; give another")
     if isinstance(dataset, StreamedDataset):
         if config.metrics is not None and asked:
             raise UserError(f"--metrics {config.metrics}: a stream has no fixed images to compare with; prepare it")
@@ -85,6 +87,10 @@ def available(names: Sequence[str], cache: Path, accelerator: Accelerator) -> tu
     return found, notices
 
 
+class MeasuringStoppedError(Exception):
+    """A request to stop came while the run was being measured."""
+
+
 class RunMetrics:
     """Measures the averaged network of a run and keeps what came out.
 
@@ -94,12 +100,11 @@ class RunMetrics:
         evaluation: what measures it, or None.
         accelerator: device and processes.
         out: folder of the run.
-        log: the run's log, on the main process.
         tracker: where numbers go as well.
         say: tells the user.
 
     Attributes:
-        seconds: that measuring took.
+        best_metric: by which a network is the best; None where nothing can tell.
     """
 
     def __init__(
@@ -109,45 +114,52 @@ class RunMetrics:
         evaluation: Evaluation | None,
         accelerator: Accelerator,
         out: Path,
-        log: RunLog | None,
         tracker: Tracker,
         say: Callable[[str], None],
     ) -> None:
         self._recipe, self._evaluation, self._accelerator = recipe, evaluation, accelerator
-        self._out, self._log, self._tracker, self._say = out, log, tracker, say
+        self._out, self._tracker, self._say = out, tracker, say
         self._keep, self._artifacts = config.keep, config.tracker_artifacts
-        names = [metric.name for metric in evaluation.metrics] if evaluation is not None else []
-        first = names[0] if names else None
-        self.best_metric = config.best_metric if config.best_metric in names else first
-        self.seconds = 0.0
+        self._names = [] if evaluation is None else [metric.name for metric in evaluation.metrics]
+        self.best_metric = best_metric_of(config, evaluation)
 
     def measures(self, stage: Stage) -> bool:
         """Tell whether there is anything to measure at a stage."""
         return self._evaluation is not None and bool(self._evaluation.metrics_at(stage.resolution))
 
-    def has(self, images_seen: int) -> bool:
-        """Tell, on every process, whether a moment has been measured."""
-        return on_main_process(
-            self._accelerator, lambda: any(line["images_seen"] == images_seen for line in measured_lines(self._out))
-        )
+    def misses(self, images_seen: int) -> bool:
+        """Tell, on every process, whether a network that this run has saved is still to be measured."""
+        return on_main_process(self._accelerator, self._misses, network_file(images_seen))
 
-    def measure(self, stage: Stage, images_seen: int) -> None:
-        """Measure the network of now, whose file has been saved; every process takes part."""
+    def measure(self, stage: Stage, images_seen: int, going_on: Callable[[], None]) -> None:
+        """Measure the network of now, whose file has been saved; every process takes part.
+
+        Args:
+            stage: of its last step.
+            images_seen: by then.
+            going_on: is called now and then; raises MeasuringStoppedError to leave it for when the run goes on.
+        """
         assert self._evaluation is not None
-        start = time.perf_counter()
-        found = self._evaluation.measure(self._recipe.generated(stage))
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        on_main_process(self._accelerator, self._note, found, images_seen, seconds)
+        if self._accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has reserved is of other sizes
+        try:
+            found = self._evaluation.measure(self._recipe.generated(stage), going_on)
+        except MeasuringStoppedError:
+            return
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--metrics {','.join(self._names)}: out of memory while measuring; the training is saved: start the "
+                f"same command with --out {self._out} and fewer --metrics-images, or a lower --batch-gpu"
+            ) from error
+        on_main_process(self._accelerator, self._note, found, images_seen)
 
     def follow_best(self) -> None:
         """Have network-best.safetensors be the best network of those that are there, or nothing."""
-        best = best_line(measured_lines(self._out), self.best_metric)
-        path = self._out / BEST_NETWORK
-        file = None if best is None else self._out / best["network"]
-        if file is None or not file.exists():
+        best, path = self._best(), self._out / BEST_NETWORK
+        if best is None:
             path.unlink(missing_ok=True)
             return
+        file = self._out / best["network"]
         if path.exists() and path.samefile(file):
             return
         with atomic_path(path) as temporary:
@@ -156,27 +168,40 @@ class RunMetrics:
             except OSError:  # a file system without hard links
                 shutil.copyfile(file, temporary)
 
-    def thin_networks(self) -> None:
-        """Delete network files beyond `--keep`: never the best or the newest, and of the others the closest ones."""
+    def thin_networks(self, images_seen: int) -> None:
+        """Delete network files beyond `--keep`: never the best or that of now, and of the others the closest ones.
+
+        Later ones, of a run that goes on from an older state, are no part of it.
+        """
         if self._keep == 0:
             return
-        best = best_line(measured_lines(self._out), self.best_metric)
+        best = self._best()
         kept = {best["network"]} if best is not None else set()
-        for path in surplus(network_files(self._out), self._keep, kept):
-            path.unlink()
+        files = [path for path in network_files(self._out) if images_seen_of(path) <= images_seen]
+        for path in surplus(files, self._keep, kept):
+            path.unlink(missing_ok=True)
 
-    def _note(self, found: Sequence[Measurement], images_seen: int, seconds: float) -> None:
-        assert self._log is not None
+    def _misses(self, file: str) -> bool:
+        measured = {line["metric"] for line in measured_lines(self._out) if line["network"] == file}
+        return (self._out / file).exists() and not set(self._names) <= measured
+
+    def _best(self) -> Mapping[str, Any] | None:
+        lines = [line for line in measured_lines(self._out) if (self._out / line["network"]).exists()]
+        return best_line(lines, self.best_metric)
+
+    def _note(self, found: Sequence[Measurement], images_seen: int) -> None:
         file = network_file(images_seen)
-        scalars = {"Timing/measuring_sec": seconds}
+        scalars = {"Timing/measuring_sec": found[0].seconds}
         for measurement in found:
-            self._log.measured(measurement.line(images_seen, file))
             scalars |= {f"Metrics/{name}": value for name, value in measurement.results.items()}
-            images = measurement.settings["images"]
-            self._say(f"measured: {measurement} ({images:,} images)")
+            self._say(f"measured: {measurement} ({measurement.settings['images']:,} images)")
+        try:
+            append_measured(self._out / METRICS_FILE, [m.line(images_seen, file) for m in found])
+            self.follow_best()
+        except OSError as error:
+            raise UserError(f"cannot write to {self._out}: {error}; make room, then start the same command") from error
         self._tracker.log(scalars, images_seen)
-        self.follow_best()
-        best = best_line(measured_lines(self._out), self.best_metric)
+        best = self._best()
         if best is None:
             return
         name, value = next(iter(best["results"].items()))
@@ -205,10 +230,16 @@ def measured_lines(out: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def best_line(lines: Iterator[Mapping[str, Any]], metric: str | None) -> Mapping[str, Any] | None:
+def best_metric_of(config: Config, evaluation: Evaluation | None) -> str | None:
+    """Return by which of the metrics that are measured a network is the best."""
+    names = [] if evaluation is None else [metric.name for metric in evaluation.metrics if metric.best is not None]
+    return config.best_metric if config.best_metric in names else next(iter(names), None)
+
+
+def best_line(lines: Sequence[Mapping[str, Any]], metric: str | None) -> Mapping[str, Any] | None:
     """Return the best line of a metric among those of the run's own networks; the first of equal ones.
 
-    Only those with the settings of the newest can be compared.
+    Only those with the settings of the newest can be compared, and none that is not finite.
     """
     own = [
         line
@@ -216,6 +247,7 @@ def best_line(lines: Iterator[Mapping[str, Any]], metric: str | None) -> Mapping
         if line["metric"] == metric
         and line["images_seen"] is not None
         and line["network"] == network_file(line["images_seen"])
+        and next(iter(line["results"].values())) is not None
     ]
     if not own:
         return None

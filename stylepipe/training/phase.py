@@ -127,15 +127,15 @@ class Generated(Protocol):
         resolution: of the images, in pixels.
         seed: of what they are made of.
         batch: how many are made at a time.
-        facts: what moves them besides network and seed.
     """
 
     resolution: int
     seed: int
     batch: int
 
-    @property
-    def facts(self) -> Mapping[str, Any]: ...
+    def facts(self, paths: bool = False) -> Mapping[str, Any]:
+        """Return what moves them, or `paths`, besides network and seed."""
+        ...
 
     def images(self, numbers: Sequence[int]) -> Tensor:
         """Return the images of these numbers, [n, R, R, 3] uint8 on the device."""

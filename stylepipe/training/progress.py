@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from stylepipe.files import atomic_path
+from stylepipe.files import atomic_path, locked
 from stylepipe.run_files import LOG_FILE, METRICS_FILE, STATS_FILE
 
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
@@ -83,9 +84,9 @@ class Progress:
 
 
 class RunLog:
-    """Appends to a run's log.txt, stats.jsonl and metrics.jsonl.
+    """Appends to a run's log.txt and stats.jsonl; every line is on its way to the disk when the call returns.
 
-    Every line is on its way to the disk when the call returns.
+    Where a run begins or goes back, metrics.jsonl follows.
 
     Each line of log.txt begins with the kimg at which it was written, each object of stats.jsonl with images_seen.
 
@@ -117,11 +118,6 @@ class RunLog:
         }
         self._stats.write(json.dumps({"images_seen": images_seen, **plain}, allow_nan=False) + "\n")
 
-    def measured(self, line: Mapping[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl, which `stylepipe evaluate` may be writing to as well."""
-        with open(self._out / METRICS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     def close(self) -> None:
         """Close the files."""
         self._log.close()
@@ -130,15 +126,32 @@ class RunLog:
     def _open(self, resume_from_images_seen: int | None) -> None:
         self.images_seen = resume_from_images_seen or 0
         log, stats, metrics = (self._out / name for name in (LOG_FILE, STATS_FILE, METRICS_FILE))
-        if resume_from_images_seen is None:
-            metrics.unlink(missing_ok=True)
-        else:
-            _drop_later_lines(metrics, _stats_position, resume_from_images_seen)
+        with locked(self._out):
+            if resume_from_images_seen is None:
+                metrics.unlink(missing_ok=True)
+            else:
+                _drop_later_lines(metrics, _stats_position, resume_from_images_seen)
+        if resume_from_images_seen is not None:
             _drop_later_lines(log, _log_position, resume_from_images_seen)
             _drop_later_lines(stats, _stats_position, resume_from_images_seen)
         mode = "w" if resume_from_images_seen is None else "a"
         self._log = open(log, mode, buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered
         self._stats = open(stats, mode, buffering=1, encoding="utf-8")  # noqa: SIM115
+
+
+def append_measured(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Append objects to a metrics.jsonl, to which a training and `stylepipe evaluate` may write at once.
+
+    Numbers that are not finite become null, and half a line that a killed process has left is ended first.
+    """
+    with locked(path.parent), open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        for line in lines:
+            results = {name: value if math.isfinite(value) else None for name, value in line["results"].items()}
+            file.write(json.dumps({**line, "results": results}, allow_nan=False).encode() + b"\n")
 
 
 def _log_position(line: str) -> int:

@@ -36,7 +36,7 @@ from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.launched import launcher_process
-from stylepipe.training.measuring import RunMetrics
+from stylepipe.training.measuring import MeasuringStoppedError, RunMetrics
 from stylepipe.training.memory import peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.power_ema import remove_later_averages
@@ -147,7 +147,7 @@ class Trainer:
             images_seen=self.engine.images_seen,
         )
         self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
-        self.metrics = RunMetrics(config, recipe, evaluation, accelerator, out, self.log, self.tracker, self.say)
+        self.metrics = RunMetrics(config, recipe, evaluation, accelerator, out, self.tracker, self.say)
         self._note_history()
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
@@ -169,8 +169,7 @@ class Trainer:
             if self.config.on_divergence == "rollback":
                 self._see_to_a_healthy_state()
             self._on_main(partial(self.snapshots.averages, self._last))  # a full disk, or another folder, may lack them
-            if self.first_image and self._measures_now() and not self.metrics.has(self.first_image):
-                self.metrics.measure(self._last, self.first_image)  # it was stopped before
+            self._make_up_for_measuring()
             self._open_data()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             interrupted = False
@@ -286,13 +285,29 @@ class Trainer:
             self._note_history()
             self._on_main(partial(self.snapshots.snapshot, self._last))
             if measure:  # what took so long to learn is saved before
-                self.metrics.measure(self._last, self.engine.images_seen)
-            self._on_main(self.metrics.thin_networks)
+                self.metrics.measure(self._last, self.engine.images_seen, self._while_measuring)
+            self._on_main(partial(self.metrics.thin_networks, self.engine.images_seen))
         self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
 
     def _measures_now(self) -> bool:
         """Tell whether the network of now is to be measured."""
         return (self.finished or self._due(filled(self.config.metrics_kimg))) and self.metrics.measures(self._last)
+
+    def _make_up_for_measuring(self) -> None:
+        """Measure where the run goes on, if it was stopped between saving that and measuring it."""
+        seen = self.engine.images_seen
+        if seen == 0:
+            return
+        within = self.recipe.schedule.at(seen - 1)  # the last step of before
+        self._last = self.recipe.schedule.at(max(0, seen - within.batch_size))
+        if self._measures_now() and self.metrics.misses(seen):
+            self.metrics.measure(self._last, seen, self._while_measuring)
+        self._last = self.stage
+
+    def _while_measuring(self) -> None:
+        """Leave off for a request to stop. A process alone does so at once; several have to agree after a step."""
+        if self._interrupt.cause is not None and self.accelerator.num_processes == 1:
+            raise MeasuringStoppedError
 
     def _keep_averages(self, interrupted: bool) -> None:
         """Save the power-function averages when they are due, after the state: on a full disk it matters more."""

@@ -19,6 +19,7 @@ from stylepipe.kernels import build, gxx, native
 from stylepipe.kernels.build import BuildError, Unit
 from stylepipe.kernels.cache import FOLDER_VARIABLE, write_entry
 from stylepipe.kernels.host import SharedObject
+from stylepipe.training.exact import full_float32
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NONE, ONE = Gpus(0), Gpus(1)
@@ -427,7 +428,7 @@ def test_on_a_gpu_float32_is_not_rounded_to_tf32_meanwhile() -> None:
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
-        with doctor_ops._full_float32(GPU):
+        with full_float32(GPU):
             assert matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "ieee"  # type: ignore
         assert matmul.fp32_precision == "tf32"
     finally:

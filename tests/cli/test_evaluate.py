@@ -134,6 +134,7 @@ def test_truncation_is_another_setting(network, shards, tmp_path, capsys):
         (["--metrics", "fids"], "--metrics fids: 'fids' found, did you mean fid?"),
         (["--metrics", "none"], "--metrics none: nothing to measure"),
         (["--images", "1"], "--images 1: expected at least 2"),
+        (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--data", "stream:faces.tar"], "a stream has no fixed images to compare with; prepare it first"),
         (["--data", "nowhere"], "nowhere: no such"),
         (["--out", "/dev/null/x"], "/dev/null/x: cannot be written"),
@@ -160,7 +161,16 @@ def test_a_discriminator_and_another_resolution_are_refused(network, shards, tmp
     prepare(_photographs(tmp_path), other, Preparation(32), workers=1, progress=False)
     capsys.readouterr()
     assert main(["evaluate", str(network), "--data", str(other)]) == 2
-    assert "holds images of 32 px, and 16 px are asked for" in capsys.readouterr().err
+    assert "holds no images of 16 px; prepare the photographs again with --levels" in capsys.readouterr().err
+
+
+def test_a_level_of_prepared_data_will_do(network, tmp_path):
+    prepare(_photographs(tmp_path), tmp_path / "faces32", Preparation(32, levels=True), workers=1, progress=False)
+    out = ["--out", str(tmp_path / "found.jsonl")]
+    assert main(["evaluate", str(network), "--data", str(tmp_path / "faces32"), *out]) == 0
+    (found,) = lines_of(tmp_path / "found.jsonl")
+    assert found["settings"]["resolution"] == 16
+    assert found["settings"]["images"] == 4
 
 
 def _photographs(tmp_path: Path) -> Path:

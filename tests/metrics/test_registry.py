@@ -10,7 +10,7 @@ from stylepipe.datasets.drawn import draw_face
 from stylepipe.errors import UserError
 from stylepipe.metrics.extraction import Team, Wanted, collect
 from stylepipe.metrics.path_length import mean_path_length
-from stylepipe.metrics.registry import METRICS, metrics_named, parse_names
+from stylepipe.metrics.registry import METRICS, WITHOUT_BEST, metrics_named, parse_names
 
 CPU = torch.device("cpu")
 LOCAL = ["swd", "msssim", "fd-random", "kid-random", "pr-random", "dc-random"]
@@ -89,6 +89,18 @@ def test_how_many_images_each_takes(tmp_path):
 )
 def test_names_are_read_from_a_list(text, names):
     assert parse_names("--metrics", text) == names
+
+
+def test_similarity_makes_no_network_the_best(tmp_path):
+    assert {m.name: m.best for m in metrics_named(LOCAL, tmp_path)} == {
+        "swd": "lowest",
+        "msssim": None,
+        "fd-random": "lowest",
+        "kid-random": "lowest",
+        "pr-random": "highest",
+        "dc-random": "highest",
+    }
+    assert {"msssim"} == set(WITHOUT_BEST)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

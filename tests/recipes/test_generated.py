@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stylepipe.errors import UserError
 from stylepipe.networks import progan, stylegan2
 from stylepipe.recipes.generated import GeneratedImages
 from stylepipe.training.draws import Draws
@@ -61,7 +62,7 @@ def test_truncation_to_nothing_leaves_one_style():
     generated = GeneratedImages(G, Draws(0, CPU), no_labels, resolution=16, batch=4, truncation_psi=0.0)
     codes = generated._codes([0, 1])
     assert torch.equal(codes[0], codes[1])
-    assert generated.facts == {"truncation_psi": 0.0, "noise": "random"}
+    assert generated.facts() == {"truncation_psi": 0.0, "noise": "random"}
 
 
 def test_paths_begin_at_the_image_and_end_near_it(make):
@@ -95,3 +96,38 @@ def test_walks_are_closed_and_move_a_little_at_a_time(make):
     steps = [(a.float() - b.float()).abs().mean() for a, b in zip(frames, [*frames[1:], frames[0]], strict=True)]
     across = (frames[0].float() - frames[6].float()).abs().mean()
     assert 0 < max(steps) < across
+
+
+def test_paths_of_a_half_precision_network_are_those_of_float32():
+    torch.manual_seed(0)
+    G = stylegan2.Generator(16, w_dim=16, mapping_layers=2, half_levels=2, half_dtype="bfloat16", **SIZES)
+    exact = stylegan2.Generator(16, w_dim=16, mapping_layers=2, **SIZES)
+    exact.load_state_dict(G.state_dict())
+    found = []
+    for network in (G, exact):
+        network.eval().requires_grad_(False)
+        ends = GeneratedImages(network, Draws(0, CPU), no_labels, resolution=16, batch=4).paths(range(4), 1e-4)
+        found.append((ends[:, 1] - ends[:, 0]).square().mean())
+    torch.testing.assert_close(*found)
+    assert not torch.equal(
+        *(
+            GeneratedImages(g, Draws(0, CPU), no_labels, resolution=16, batch=4)._made(
+                g, g.mapping(torch.ones(1, 16)), [0]
+            )
+            for g in (G, exact)
+        )
+    ), "the networks themselves differ"
+
+
+def test_paths_have_facts_of_their_own(make):
+    generated = make()
+    assert generated.facts(paths=True)["space"] == ("w" if generated.styled else "z")
+    assert generated.facts().get("noise") == ("random" if generated.styled else None)
+    assert generated.facts(paths=True).get("noise") == ("const" if generated.styled else None)
+
+
+def test_images_that_are_none_are_refused():
+    G = progan.Generator(16, **SIZES).eval().requires_grad_(False)
+    next(G.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="images that are inf or NaN"):
+        GeneratedImages(G, Draws(0, CPU), no_labels, resolution=16, batch=4).images([0])

@@ -74,5 +74,6 @@ def test_groups() -> None:
 
 def test_time_of_training() -> None:
     assert trained_seconds(Curve(np.array([1000, 3000]), np.array([10.0, 20.0]))) == 50
+    assert trained_seconds(Curve(np.array([9000, 10000]), np.array([10.0, 20.0]))) == 30, "it goes on from 8 kimg"
     assert latest(curve([1, 2, np.nan])) == 2
     assert latest(curve([np.nan])) is latest(None) is trained_seconds(None) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.prepare import prepare
 from stylepipe.interop.network_file import read_header
 from stylepipe.run_files import network_file
-from stylepipe.training.measuring import best_line, surplus
+from stylepipe.training import evaluation
+from stylepipe.training.measuring import best_line, measured_lines, surplus
+from stylepipe.training.progress import append_measured
 
 TINY = [
     *("--res", "16", "--batch-size", "8", "--tracker", "none", "--ema.kimg", "0", "--snapshot-kimg", "0.016"),
@@ -131,6 +134,8 @@ def test_none_measures_nothing_and_has_no_best(shards, tmp_path):
     [
         (["--metrics", "swdd"], "--metrics swdd: 'swdd' found, did you mean swd?"),
         (["--best-metric", "fid"], "--best-metric fid: is not measured by --metrics; expected one of swd"),
+        (["--metrics", "msssim", "--best-metric", "msssim"], "neither its lowest nor its highest is best"),
+        (["--metrics", "dc-random", "--metrics-images", "5"], "24 real and 5 generated images; expected 6 at least"),
         (["--metrics-images", "1"], "--metrics-images 1: expected at least 2"),
         (["--keep", "2"], "--keep 2: expected 0 for all, or 3 at least"),
         (["--metrics-kimg", "0"], "--metrics-kimg 0.0: expected a finite number above 0"),
@@ -150,6 +155,65 @@ def test_old_networks_are_thinned_but_never_the_best_or_the_newest(shards, tmp_p
     best = min(lines, key=lambda line: line["results"]["swd"])["network"]
     assert {network_file(16), network_file(160), best} <= set(left)
     assert (out / "network-best.safetensors").samefile(out / best)
+
+
+def test_a_branch_measures_its_own_networks_only(shards, straight, tmp_path):
+    lines = train(shards, tmp_path / "branch", 0.096, "--resume", str(straight / "state-000000.080"))
+    assert [line["images_seen"] for line in lines] == [96]
+    assert (tmp_path / "branch" / "network-best.safetensors").samefile(tmp_path / "branch" / network_file(96))
+
+
+def test_later_networks_of_an_abandoned_end_are_no_reason_to_delete_that_of_now(shards, tmp_path):
+    out = tmp_path / "run"
+    train(shards, out, 0.064, "--keep-states", "0")
+    for path in out.glob("state-000000.0[346]*"):
+        path.rename(tmp_path / path.name)  # as a message of a damaged state advises
+    train(shards, out, 0.024, "--keep", "3", "--snapshot-kimg", "0.008")
+    assert (out / network_file(24)).exists()
+
+
+def test_the_best_is_one_that_is_there(straight, tmp_path):
+    lines = lines_of(straight)
+    best = best_line(lines, "swd")
+    left = [line for line in lines if line is not best]
+    assert best_line(left, "swd")["results"]["swd"] > best["results"]["swd"]
+
+
+def test_a_config_file_with_metrics_that_are_not_here_can_be_used_again(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("STYLEPIPE_WEIGHTS", str(tmp_path))
+    train(shards, tmp_path / "run", 0.016, "--metrics", "fid,msssim", "--best-metric", "fid", "--metrics-images", "8")
+    config = ["--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]
+    assert main(["train", *config]) == 0
+    assert numbers_of(lines_of(tmp_path / "again")) == numbers_of(lines_of(tmp_path / "run"))
+    assert (tmp_path / "again" / "network-best.safetensors").exists(), "by swd"
+
+
+def test_a_signal_ends_the_measuring_and_the_next_start_makes_up_for_it(shards, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    collect = evaluation.collect
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args, **options):
+            signal.raise_signal(signal.SIGTERM)
+            return collect(*args, **options)
+
+        patch.setattr(evaluation, "collect", interrupted)
+        with pytest.raises(SystemExit):
+            main(["train", "--data", str(shards), "--out", str(out), "--kimg", "0.032", *TINY])
+    assert lines_of(out) == []
+    assert (out / network_file(16)).exists()
+    assert [line["images_seen"] for line in train(shards, out, 0.032)] == [32], "24 was saved for the signal only"
+
+
+def test_lines_of_two_writers_and_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"metric": "swd", "resu')
+    append_measured(path, [line(8, float("nan")), line(16, 2.0)])
+    append_measured(path, [line(24, 3.0)])
+    found = list(measured_lines(tmp_path))
+    assert [entry["images_seen"] for entry in found] == [8, 16, 24]
+    assert found[0]["results"]["swd"] is None
+    assert best_line(found, "swd")["images_seen"] == 16, "what is not finite is not the best"
 
 
 def line(seen: int, value: float, network: str | None = None, best: str = "lowest", **settings: object) -> dict:

@@ -336,6 +336,7 @@ def test_files_are_found_by_their_names(tmp_path):
 
 def test_a_run_stores_32_by_default():
     assert resolve(Config(res=64, kimg=64), 1).ema.posthoc_kimg == 2
+    assert resolve(Config(res=64, kimg=5), 1).ema.posthoc_kimg == 1, "of a short training one in 1 kimg"
     assert resolve(Config(res=64, ema=EMAConfig(posthoc_kimg=0)), 1).ema.posthoc_kimg == 0
     config = resolve(Config(res=64, kimg=64), 1)
     assert resolve(config, 1) == config

@@ -230,6 +230,7 @@ def test_wandb_keeps_the_best_versions_with_their_aliases_clips_and_the_group_of
     out = tmp_path / "run"
     tracker = fill("wandb", accelerator, out)
     (out / "network.safetensors").write_bytes(b"weights")
+    time.sleep(1.1)  # offline folders are named by the second
     again = Tracker("wandb", accelerator, project="p", config=CONFIG, out=out, run_id=tracker.run_id)
     again.log_artifact(out / "network.safetensors", ["latest", "best"])
     again.finish()
@@ -243,9 +244,9 @@ def test_wandb_keeps_the_best_versions_with_their_aliases_clips_and_the_group_of
     assert summary["best/swd"] == 12.5
     assert summary["best/swd_network"] == "network-000001.000.safetensors"
     artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
-    found = [(a.name, a.type, list(a.aliases)) for a in artifacts]
+    found = [(a.name, a.type, sorted(a.aliases)) for a in artifacts]
     name = f"network-{tracker.run_id}"
-    assert found == [(name, "model", ["latest"]), (name, "model", ["latest", "best"])]
+    assert found == [(name, "model", ["latest"]), (name, "model", ["best", "latest"])]
     runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     assert {run.run_group for run in runs} == {tracker.run_id}
     (clip,) = (out / "wandb").glob("offline-run-*/files/media/videos/clip_*.gif")
