@@ -36,6 +36,11 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_configure() -> None:
+    # Trainings take all cores they are allowed, and two that share cores wait for one another actively: they would slow
+    # one another many times.
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     # A shell that runs the tests in the background ignores Ctrl-C for them and all that they start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -141,6 +141,7 @@ def test_a_length_out_of_reach_is_warned_of(run: Path, tmp_path: Path, capsys: p
     assert "--length 0.01: the 8 stored files come no nearer to it" in printed.err
 
 
+@pytest.mark.slow
 def test_resuming_stores_what_an_uninterrupted_run_does(run: Path, shards: Path, tmp_path: Path) -> None:
     """Averages later than the state that a run goes on from, as a killed run leaves them, make place for its own."""
     out = tmp_path / "cut"
@@ -155,6 +156,7 @@ def test_resuming_stores_what_an_uninterrupted_run_does(run: Path, shards: Path,
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_is_stored_whatever_the_interval(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert train(shards, out, 0.024, interval=10) == 0
@@ -164,6 +166,7 @@ def test_the_end_of_a_run_is_stored_whatever_the_interval(shards: Path, tmp_path
     assert names(out / "ema") == ["000000.024.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_longer_training_goes_on_with_another_interval(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     for kimg, interval in ((0.064, 0.008), (0.128, 0.016)):
@@ -188,6 +191,7 @@ def test_with_0_nothing_is_stored(shards: Path, tmp_path: Path, capsys: pytest.C
     assert same(weights_of(out / "network-000000.096-ema0.05.safetensors"), stored)
 
 
+@pytest.mark.slow
 def test_averages_that_began_at_another_time_are_not_mixed(
     copied: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +210,7 @@ def test_averages_that_began_at_another_time_are_not_mixed(
     assert "network-000000.128-ema0.15.safetensors" in names(copied)
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_run_begins_with_the_averages_of_its_state(run: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "branch"
     (out / "ema").mkdir(parents=True)
@@ -214,6 +219,7 @@ def test_a_branch_of_a_run_begins_with_the_averages_of_its_state(run: Path, shar
     assert names(out / "ema") == ["000000.096.safetensors", "000000.112.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_divergence_sets_its_averages_aside(shards: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     with poison(40, cured_by=2):
@@ -230,6 +236,7 @@ def test_a_divergence_sets_its_averages_aside(shards: Path, tmp_path: Path) -> N
     assert main(["ema", str(out), "--length", "0.1"]) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_one_message_and_a_whole_state(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -255,6 +262,7 @@ def test_a_full_disk_stops_with_one_message_and_a_whole_state(
     assert names(out / "ema") == STORED[:6], "what there was no room for is stored now"
 
 
+@pytest.mark.slow
 def test_a_growing_training_is_averaged_as_it_had_grown(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "grown"
     more = ["--preset", "progan", "--growth.start-res", "4", "--growth.stable-kimg", "0.016"]

@@ -84,6 +84,7 @@ def test_a_run_that_stops_and_goes_on_measures_the_same(shards, straight, tmp_pa
     assert numbers_of(train(shards, tmp_path / "run", 0.08)) == numbers_of(lines_of(straight))
 
 
+@pytest.mark.slow
 def test_what_was_to_be_measured_when_a_run_was_killed_is_measured_when_it_goes_on(shards, straight, tmp_path):
     out = tmp_path / "run"
     lines = train(shards, out, 0.032)
@@ -91,6 +92,7 @@ def test_what_was_to_be_measured_when_a_run_was_killed_is_measured_when_it_goes_
     assert numbers_of(train(shards, out, 0.048)) == numbers_of(lines_of(straight)[:3])
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_state_forgets_what_came_later(shards, straight, tmp_path):
     out = tmp_path / "run"
     train(shards, out, 0.048, "--keep-states", "0")
@@ -147,6 +149,7 @@ def test_mistakes_are_refused_at_the_start(shards, tmp_path, capsys, options, me
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_old_networks_are_thinned_but_never_the_best_or_the_newest(shards, tmp_path):
     out = tmp_path / "run"
     lines = train(shards, out, 0.16, "--keep", "4")
@@ -163,6 +166,7 @@ def test_a_branch_measures_its_own_networks_only(shards, straight, tmp_path):
     assert (tmp_path / "branch" / "network-best.safetensors").samefile(tmp_path / "branch" / network_file(96))
 
 
+@pytest.mark.slow
 def test_later_networks_of_an_abandoned_end_are_no_reason_to_delete_that_of_now(shards, tmp_path):
     out = tmp_path / "run"
     train(shards, out, 0.064, "--keep-states", "0")
@@ -179,6 +183,7 @@ def test_the_best_is_one_that_is_there(straight, tmp_path):
     assert best_line(left, "swd")["results"]["swd"] > best["results"]["swd"]
 
 
+@pytest.mark.slow
 def test_a_config_file_with_metrics_that_are_not_here_can_be_used_again(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("STYLEPIPE_WEIGHTS", str(tmp_path))
     train(shards, tmp_path / "run", 0.016, "--metrics", "fid,msssim", "--best-metric", "fid", "--metrics-images", "8")
@@ -188,6 +193,7 @@ def test_a_config_file_with_metrics_that_are_not_here_can_be_used_again(shards, 
     assert (tmp_path / "again" / "network-best.safetensors").exists(), "by swd"
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_measuring_and_the_next_start_makes_up_for_it(shards, tmp_path, monkeypatch):
     out = tmp_path / "run"
     collect = evaluation.collect
