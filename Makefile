@@ -9,7 +9,7 @@ JOBS   ?= 2
 # `make demo` trains on drawn faces. DEMO_FLAGS replaces the settings, DEMO_ARGS adds to them (make demo DEMO_ARGS="--kimg 40").
 DEMO_OUT   ?= runs/demo
 DEMO_FLAGS ?= --res 64 --network.channel-base 2048 --network.channel-max 64 --batch-size 16 --loss.r1-gamma 1 --kimg 24 --grid-kimg 4 \
-              --mirror --tracker none --out $(DEMO_OUT)
+              --mirror --metrics-kimg 8 --metrics-images 1000 --tracker none --out $(DEMO_OUT)
 DEMO_ARGS  ?=
 
 # A CPU build of torch is a tenth of the CUDA build's download, and torchvision (which tests of metrics need) is to be of the same
@@ -41,7 +41,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train a small face model on drawn faces, a few minutes on any machine, and name the picture it made
 	$(BIN)/accelerate launch $(if $(CPU_ONLY),--cpu) --num_processes 1 --num_machines 1 --mixed_precision no \
 	  --dynamo_backend no --num_cpu_threads_per_process 1 launch/train.py $(DEMO_FLAGS) $(DEMO_ARGS)
-	@echo "Look at $$(ls $(DEMO_OUT)/grids/[0-9]*.png | tail -n 1)"
+	$(BIN)/stylepipe report $(DEMO_OUT)
+	@echo "Look at $$(ls $(DEMO_OUT)/grids/[0-9]*.png | tail -n 1), or open $(DEMO_OUT)/report.html in a browser"
 
 test: lint ## Lint, then the quick tests with coverage
 	$(BIN)/pytest -m "not slow and not gpu" -n $(JOBS) --cov --cov-report=term

@@ -25,6 +25,7 @@ from stylepipe.errors import UserError
 from stylepipe.kernels import native
 from stylepipe.kernels.cache import FOLDER_VARIABLE
 from stylepipe.kernels.nvrtc import LIBRARY_VARIABLE
+from stylepipe.metrics.weights import WEIGHTS_VARIABLE
 from stylepipe.training.memory import GIB, free_memory
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -37,7 +38,7 @@ DISK_NEEDED = 1 * GIB  # a state of a 1024 px model
 DISK_WANTED = 20 * GIB  # three of them, network files, grids, and some room
 TEMPORARY_NEEDED = GIB // 10
 
-VARIABLES = (native.VARIABLE, FOLDER_VARIABLE, LIBRARY_VARIABLE, CACHE_VARIABLE, "STYLEPIPE_DEBUG")
+VARIABLES = (native.VARIABLE, FOLDER_VARIABLE, LIBRARY_VARIABLE, CACHE_VARIABLE, WEIGHTS_VARIABLE, "STYLEPIPE_DEBUG")
 """Every variable of our own."""
 _PREFIX = "STYLEPIPE_"
 

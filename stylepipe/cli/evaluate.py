@@ -150,6 +150,7 @@ def generated_images(
         resolution=header.config["res"],
         batch=options.batch,
         truncation_psi=options.trunc,
+        checked=True,
     )
 
 

@@ -31,6 +31,7 @@ class GeneratedImages:
         batch: how many to make at a time.
         truncation_psi: of a generator with styles; 1 for none, as published numbers have it.
         stage: what a growing generator is called with besides: res and alpha.
+        checked: raise UserError where images are inf or NaN; else these are black.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class GeneratedImages:
         batch: int,
         truncation_psi: float = 1.0,
         stage: Mapping[str, Any] | None = None,
+        checked: bool = False,
     ) -> None:
         self.G, self.resolution, self.batch, self.seed = G, resolution, batch, draws.seed
         self._draws, self._labels_of = draws, labels_of
-        self._psi, self._stage = truncation_psi, dict(stage or {})
+        self._psi, self._stage, self._checked = truncation_psi, dict(stage or {}), checked
         self.styled = hasattr(G, "mapping")
 
     def facts(self, paths: bool = False) -> Mapping[str, Any]:
@@ -119,8 +121,8 @@ class GeneratedImages:
         return exact.to(device).eval().requires_grad_(False)
 
     def _finite(self, img: Tensor) -> Tensor:
-        """Return images; raise UserError where they are none: as bytes they would be black, and have a score."""
-        if not img.isfinite().all():
+        """Return images; raise UserError where they are none, if that is checked: black ones would have a score."""
+        if self._checked and not img.isfinite().all():
             raise UserError("the network makes images that are inf or NaN: there is nothing to measure")
         return img
 

@@ -325,6 +325,7 @@ class Trainer:
             UserError: the training stops here.
         """
         kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
+        self._on_main(self.metrics.follow_best)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
         given_up = self._rollbacks_in_a_row == MAX_ROLLBACKS
         if self.config.on_divergence == "stop" or healthy is None or given_up:
@@ -348,7 +349,6 @@ class Trainer:
         seen = self.engine.images_seen
         try:
             self.log.rewind(seen)
-            self.metrics.follow_best()
         except OSError as error:
             raise UserError(f"cannot write to {self.out}: {error}; make room, then start the same command") from error
         self.tracker.rewind(seen)

@@ -112,7 +112,7 @@ def test_settings_come_from_the_file_and_the_preset(source: Path, tuned: Path) -
     assert (network["z_dim"], network["w_dim"], network["mapping_layers"], network["mbstd_channels"]) == (16, 24, 3, 2)
     assert (network["channel_base"], network["channel_max"]) == (512, 16)
     assert (config["augment"], config["aug"]["speed_kimg"]) == ("ada", 100)
-    assert config["ema"] == {"kimg": pytest.approx(8 * 2.5 / 32), "decay": None, "rampup": 0}
+    assert config["ema"] == {"kimg": pytest.approx(8 * 2.5 / 32), "decay": None, "rampup": 0, "posthoc_kimg": 1}
     assert f"starting from {source}: G and its average and D" in (tuned / "log.txt").read_text()
 
 

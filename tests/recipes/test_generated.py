@@ -130,4 +130,4 @@ def test_images_that_are_none_are_refused():
     G = progan.Generator(16, **SIZES).eval().requires_grad_(False)
     next(G.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="images that are inf or NaN"):
-        GeneratedImages(G, Draws(0, CPU), no_labels, resolution=16, batch=4).images([0])
+        GeneratedImages(G, Draws(0, CPU), no_labels, resolution=16, batch=4, checked=True).images([0])

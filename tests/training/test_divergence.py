@@ -73,8 +73,9 @@ def test_a_divergence_stops_with_a_state_to_look_at_and_the_healthy_one_to_go_on
         "one saved on the way there"
     )
     assert {path.name for path in out.glob("*.safetensors")} == {
-        *("network-000000.032.safetensors", "diverged-network-000000.064.safetensors")
+        *("network-000000.032.safetensors", "diverged-network-000000.064.safetensors", "network-best.safetensors")
     }
+    assert (out / "network-best.safetensors").samefile(out / "network-000000.032.safetensors")
     assert alarms_of(out) == [(48, "Alarm/not_finite"), (80, "Alarm/divergence")]
     log = (out / "log.txt").read_text()
     assert log.count("ALARM not_finite: updates with inf or NaN gradients were skipped: 50.0% of D/main") == 1
