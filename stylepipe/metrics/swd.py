@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from stylepipe.metrics.extraction import ALONE, Counts, Rows, Team
 
@@ -25,7 +25,6 @@ LOWEST_RESOLUTION = 8  # pixels: in smaller images no patch fits
 DIRECTIONS = 512
 SCALE = 1000.0
 
-_BINOMIAL = (1.0, 4.0, 6.0, 4.0, 1.0)
 _SORTED_AT_A_TIME = 1 << 25  # numbers: 128 MiB
 
 
@@ -177,8 +176,13 @@ def _up(img: Tensor) -> Tensor:
 
 
 def _filtered(img: Tensor, stride: int) -> Tensor:
-    n, c, h, w = img.shape
-    taps = img.new_tensor(_BINOMIAL) / sum(_BINOMIAL)
-    img = pad(img.reshape(n * c, 1, h, w), (2, 2, 2, 2), mode="reflect")
-    img = conv2d(conv2d(img, taps.view(1, 1, 1, 5), stride=(1, stride)), taps.view(1, 1, 5, 1), stride=(stride, 1))
-    return img.view(n, c, *img.shape[2:])
+    """Apply the binomial filter, mirrored at the borders, and take every `stride`-th pixel.
+
+    Sums of slices: convolutions of single channels take twenty times as long on a CPU.
+    """
+    img = pad(img, (2, 2, 2, 2), mode="reflect")
+    for dim in (3, 2):
+        taps = [img.narrow(dim, k, img.shape[dim] - 4) for k in range(5)]
+        a, b, c, d, e = (tap[..., ::stride] if dim == 3 else tap[..., ::stride, :] for tap in taps)
+        img = (a + e).add_(b + d, alpha=4).add_(c, alpha=6).mul_(1 / 16)
+    return img
