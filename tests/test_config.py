@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from stylepipe.config import Config, LossConfig, NetworkConfig, from_mapping, largest_divisor, overlay, validate
+from stylepipe.config import Config, LossConfig, NetworkConfig, from_mapping, largest_divisor, overlay
+from stylepipe.config_checks import validate
 from stylepipe.errors import UserError
 
 

@@ -29,6 +29,7 @@ FOR_ALL = {
     "stylepipe.errors",
     "stylepipe.files",
     "stylepipe.config",
+    "stylepipe.config_checks",
     "stylepipe.images",
     "stylepipe.run_files",
     "stylepipe.version",

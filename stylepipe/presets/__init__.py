@@ -16,12 +16,11 @@ from stylepipe.config import (
     AugmentMode,
     Config,
     GrowthConfig,
-    by_level,
     filled,
     largest_divisor,
     overlay,
-    validate,
 )
+from stylepipe.config_checks import by_level, validate
 from stylepipe.errors import UserError
 from stylepipe.presets import auto, dcgan, paper256, paper1024, progan, r3gan, stylegan, stylegan2, transfer
 from stylepipe.presets.defaults import (

@@ -8,16 +8,8 @@ Expected:  SWD 4.66 (x1000) and MS-SSIM 0.338 on CelebA-HQ-1024 after 12,000 kim
 
 from __future__ import annotations
 
-from stylepipe.config import (
-    Config,
-    EMAConfig,
-    GrowthConfig,
-    LossConfig,
-    NetworkConfig,
-    OptimConfig,
-    at_level,
-    by_level,
-)
+from stylepipe.config import Config, EMAConfig, GrowthConfig, LossConfig, NetworkConfig, OptimConfig
+from stylepipe.config_checks import at_level, by_level
 
 # Published with the paper: by level, for eight GPUs and for one.
 _BATCHES = {8: "4:512,8:256,16:128,32:64,64:32", 1: "4:128,32:64,64:32,128:16,256:8,512:4"}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from stylepipe.config import Config, NetworkKind, at_level, by_level, filled, largest_divisor
+from stylepipe.config import Config, NetworkKind, filled, largest_divisor
+from stylepipe.config_checks import at_level, by_level
 from stylepipe.networks import dcgan, progan, r3gan, stylegan, stylegan2
 from stylepipe.presets import with_batch_gpu
 from stylepipe.presets.defaults import STYLED
