@@ -180,8 +180,10 @@ def test_only_the_main_process_logs(accelerator: Accelerator, tmp_path: Path, mo
 
 def records_of(out: Path) -> Iterator[Any]:
     """Read back what an offline run left for `wandb sync`: LevelDB's log format, after 7 bytes of a header."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # only when its own process has ended is all of it on the disk
     for path in sorted((out / "wandb").glob("offline-run-*/run-*.wandb")):
         data, place, whole = path.read_bytes(), 7, b""
         while place < len(data):
