@@ -20,6 +20,7 @@ from stylepipe.errors import UserError
 Architecture = Literal["skip", "resnet", "orig"]
 Conditioning = Literal["projection", "aux", "both"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ReduceType = Literal["fp32", "bf16"]
 TrackerKind = Literal["wandb", "tensorboard", "none"]
 NetworkKind = Literal["stylegan2", "stylegan", "progan", "r3gan", "dcgan"]
 LossKind = Literal["minimax", "non-saturating", "wgan", "wgan-gp", "lsgan", "hinge", "relativistic", "ebgan"]
@@ -293,11 +294,13 @@ class Config:
     tracker_artifacts: bool = False
     """Also upload network files to the tracker."""
     snapshot_kimg: float = 100
-    """Save state-<kimg>/ and network-<kimg>.safetensors this often; the last ones always are."""
+    """Save network-<kimg>.safetensors, and state-<kimg>/ to go on from, this often; the last ones always are."""
+    state_kimg: float = 10
+    """Save a state this often as well, to lose no more than that with a machine; only the newest of these is kept."""
     snapshot_with_d: bool = True
     """Network files hold G and D beside the averaged G, to fine-tune from; about three times the size."""
     keep_states: int = 3
-    """How many of the newest states to keep; 0 keeps all."""
+    """How many of the newest states of --snapshot-kimg to keep; 0 keeps all states."""
     keep: int = 0
     """How many network files to keep: first, best and newest, and others evenly spread between; 0 keeps all."""
     metrics: str | None = None
@@ -325,8 +328,14 @@ class Config:
     """How many updates of a network, one after the other, must have been skipped for inf or NaN gradients."""
     precision: Precision = "auto"
     """Activations of the highest resolutions; auto is bf16 on GPUs that have it, else float32."""
+    reduce_dtype: ReduceType = "fp32"
+    """What processes send one another their gradients in, to average them; bf16 is half the bytes."""
     workers: int | None = None
     """Threads that decode images, per device. Default: by the number of cores; none without a GPU."""
+    max_hours: float | None = None
+    """Save and stop after so many hours; the same command goes on from there. Default: no limit."""
+    stall_minutes: float = 10
+    """Of several processes, end all when one has not got on for so long; 0: never."""
     dry_run: bool = False
     """Print the resolved settings, the networks, estimates of memory and time, and exit."""
     network: NetworkConfig = field(default_factory=NetworkConfig)

@@ -17,9 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's root."""
 
-# For foreign_checkpoints, which makes the files that three folders' tests read, and watchdog, which two folders' tests
-# keep, and poisoned_train; pytest's importlib mode leaves them out.
-sys.path += [str(ROOT / "tests" / "interop"), str(ROOT / "tests" / "training")]
+# For foreign_checkpoints, which makes the files that three folders' tests read, watchdog, which two folders' tests keep,
+# poisoned_train and tiny_runs; pytest's importlib mode leaves them out.
+sys.path += [str(ROOT / "tests" / folder) for folder in ("cli", "interop", "training")]
 
 os.environ["WANDB_MODE"] = "offline"  # no test reaches a server, whoever is logged in on this machine
 os.environ["WANDB_SILENT"] = "true"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from stylepipe.errors import UserError
+from stylepipe.errors import ProcessLostError, UserError
 
 # Each is a module of stylepipe.cli with a `main(argv)`, imported only when it is asked for.
 COMMANDS = {
@@ -29,6 +29,7 @@ COMMANDS = {
 # What the file system answers to a user's path, anywhere.
 FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR)
 
+EXIT_LOST = 1
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -65,9 +66,11 @@ def run(command: str, argv: Sequence[str]) -> int:
     except UserError as error:
         if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
             raise
-        process = os.environ.get("RANK", "0")  # what all processes find is said by each
-        print(f"error{'' if process == '0' else f' (process {process})'}: {error}", file=sys.stderr)
+        print(f"error{_process()}: {error}", file=sys.stderr)
         return EXIT_MISTAKE
+    except ProcessLostError as error:
+        print(f"error{_process()}: {error}; start the same command to go on from the newest state", file=sys.stderr)
+        return EXIT_LOST
     except BrokenPipeError:  # such as `stylepipe train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
         return EXIT_BROKEN_PIPE
@@ -80,6 +83,12 @@ def run(command: str, argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _process() -> str:
+    """Name this process where there are several: what all of them find is said by each."""
+    process = os.environ.get("RANK", "0")
+    return "" if process == "0" else f" (process {process})"
 
 
 def _help() -> str:

@@ -41,8 +41,9 @@ from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
+from stylepipe.training import activity
 from stylepipe.training.checkpoint import State
-from stylepipe.training.distributed import on_every_process, on_main_process
+from stylepipe.training.distributed import on_every_process, on_main_process, together
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.growth import Stage
 from stylepipe.training.measuring import best_metric_of, evaluation_of
@@ -68,12 +69,10 @@ What a flag says wins over the file, the file over the preset, the preset over t
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the options say; exits with 128 + signal number where a signal ended it."""
+    """Train as the options say."""
     config = parse(sys.argv[1:] if argv is None else argv)
     with joined() as accelerator:
-        exit_code = train(config, accelerator)
-    if exit_code:
-        sys.exit(exit_code)
+        train(config, accelerator)
 
 
 def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
@@ -127,17 +126,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def train(config: Config, accelerator: Accelerator) -> int:
-    """Run the training that `config` asks for; return the exit code that a request to stop calls for, else 0."""
-    config, state, dataset, c_dim = on_every_process(accelerator, look_up, config, accelerator)
+def train(config: Config, accelerator: Accelerator) -> None:
+    """Run the training that `config` asks for, to its end or until it is asked to stop."""
+    config = on_every_process(accelerator, settle, config, accelerator)
+    state = shared_state(config, accelerator)
+    with activity.during("preparing the data", "unlimited"):
+        dataset, c_dim = on_every_process(accelerator, look_up, config, state, accelerator)
     if config.batch_gpu == "auto":
         config = choose_batch_gpu(config, c_dim, accelerator)
     if config.dry_run:
         if accelerator.is_main_process:
             dry_run(config, c_dim, accelerator.device, accelerator.num_processes)
-        return 0
+        return
     assert dataset is not None
-    check_same(accelerator, state, dataset, config.init)
+    check_same(accelerator, dataset, config.init if state is None else None)
     evaluation = on_every_process(accelerator, evaluation_of, config, dataset, accelerator)
     measured = evaluation.names if evaluation is not None else "none"
     config = replace(config, metrics=measured, best_metric=best_metric_of(config, evaluation))
@@ -157,26 +159,31 @@ def train(config: Config, accelerator: Accelerator) -> int:
         del state
         for line in lines:
             trainer.say(line)
-        try:
-            interrupt = trainer.run()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"--batch-gpu {config.batch_gpu}: out of memory on {accelerator.device}; start the same command with "
-                f"--out {out} and half of it, or with --batch-gpu auto"
-            ) from error
-        if trainer.engine.images_seen < trainer.total_images:
-            return interrupt.exit_code
-        tell_full_length(config, trainer, c_dim)
-    return 0
+        trainer.run()
+        if trainer.finished:
+            tell_full_length(config, trainer, c_dim)
 
 
-def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | None, TrainingData | None, int]:
-    """Return resolved settings, the state to go on from, data and label dimensions; talks to no other process.
+def shared_state(config: Config, accelerator: Accelerator) -> State | None:
+    """Return the state to go on from; the main process reads it, for all machines, and only it has the tensors."""
+    found: list[State] = []
+
+    def without_tensors() -> State | None:
+        state = find_state(config)
+        if state is None:
+            return None
+        found.append(state)
+        return replace(state, tensors={})
+
+    state = on_main_process(accelerator, without_tensors)
+    return found[0] if found else state
+
+
+def look_up(config: Config, state: State | None, accelerator: Accelerator) -> tuple[TrainingData | None, int]:
+    """Return data and label dimensions; talks to no other process.
 
     What is quick to refuse comes first, since preparing photographs may take long. A dry run prepares nothing.
     """
-    config = settle(config, accelerator)
-    state = find_state(config)
     if config.freeze_d > 0 and config.init is None and state is None:
         raise UserError(
             f"--freeze-d {config.freeze_d}: new networks have learnt nothing to keep; expected --init NETWORK"
@@ -184,20 +191,20 @@ def look_up(config: Config, accelerator: Accelerator) -> tuple[Config, State | N
     if state is not None:
         check_goes_on(config, state)
     if config.dry_run and config.data is not None and is_stream(config.data):
-        return config, state, None, 0
+        return None, 0
     if config.dry_run and config.data is not None and is_remote(config.data):
-        return config, state, None, RemoteDataset(config.data).c_dim if config.cond else 0
+        return None, RemoteDataset(config.data).c_dim if config.cond else 0
     if config.dry_run and config.data is not None and not Path(config.data).exists():
         raise UserError(f"--data {config.data}: no such folder; expected photographs or what `stylepipe prepare` made")
     if config.dry_run and not (config.data is not None and is_prepared(config.data)):
-        return config, state, None, label_dimensions(config.data) if config.cond else 0
+        return None, label_dimensions(config.data) if config.cond else 0
     dataset = open_data(config)
     check_labels(config, dataset.classes)
     if isinstance(dataset, ShardDataset) and dataset.manifest.skipped and accelerator.is_main_process:
         left_out = Counter(skipped.reason for skipped in dataset.manifest.skipped)
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common(3))
         logger.info("%d images of %s; left out: %s", len(dataset), dataset.name, reasons)
-    return config, state, dataset, dataset.c_dim if config.cond else 0
+    return dataset, dataset.c_dim if config.cond else 0
 
 
 def open_data(config: Config) -> TrainingData:
@@ -217,17 +224,17 @@ def open_data(config: Config) -> TrainingData:
     return dataset
 
 
-def check_same(accelerator: Accelerator, state: State | None, dataset: TrainingData, init: str | None) -> None:
-    """See that all processes found the same beginning and the same data: machines may not share their disks."""
+def check_same(accelerator: Accelerator, dataset: TrainingData, init: str | None) -> None:
+    """See that all processes found the same data and the same network to start from: machines may share no disk."""
     if accelerator.num_processes == 1:
         return
-    network = file_sha256(Path(init))[:12] if init is not None and state is None else None
-    found = (state.images_seen if state is not None else 0, str(dataset.facts), network)
-    everywhere = gather_object([found])
+    network = file_sha256(Path(init))[:12] if init is not None else None
+    with together("what all processes have found"):
+        everywhere = gather_object([(str(dataset.facts), network)])
     if len(set(everywhere)) > 1:
         raise UserError(
-            f"--out, --data and --init: the machines disagree on (images seen, data, digest of the network): "
-            f"{everywhere}; put all on a disk that all of them share, or copy them to each"
+            f"--data and --init: the machines disagree on (data, digest of the network): {everywhere}; put both on a "
+            f"disk that all of them share, or copy them to each"
         )
 
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
+from stylepipe.parsing import one_line, parse_json
 
 FORMAT = "stylepipe-network"
 FORMAT_VERSION = 2
@@ -55,6 +57,10 @@ FOREIGN_SUFFIXES = {".pkl", ".pt"}  # of what `stylepipe convert` reads
 
 _RESERVED = {"format", "format_version", "stylepipe_version", "class", "config", "beside"}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Of settings that make a network large in time or memory though its file is small; other numbers have the last.
+_LARGEST = {"res": 4096, "z_dim": 1 << 16, "mapping_layers": 64}
+_LARGEST_OF_OTHERS = 1 << 24
+_COUNTS = ("res", "z_dim", "c_dim")  # that others ask a header for
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,14 @@ class NetworkHeader:
     """Further networks of the file by name, such as D; their metadata is the file's."""
 
 
+class Content(NamedTuple):
+    """What a network file holds."""
+
+    tensors: Mapping[str, Tensor]
+    """As they are: on the networks' device, and views of what training changes."""
+    header: Mapping[str, str]
+
+
 def save_network(
     path: str | Path,
     network: nn.Module,
@@ -82,12 +96,32 @@ def save_network(
 
     Args:
         path: by custom `network-<kimg>.safetensors`.
-        network: an instance of one of NETWORKS, on any device; it is not changed. By custom the averaged generator.
-        beside: further networks by name, by custom G and D, what training goes on from.
-        metadata: what else the header shall say, such as `images_seen`.
+        network, beside, metadata: as for `content_of`.
 
     Raises:
         UserError: the file cannot be written.
+    """
+    content = content_of(network, beside=beside, metadata=metadata)
+    # A training network's tensors are views of one arena; safetensors wants each to own its memory.
+    copies = {
+        name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in content.tensors.items()
+    }
+    write_network(path, Content(copies, content.header))
+
+
+def content_of(
+    network: nn.Module,
+    *,
+    beside: Mapping[str, nn.Module] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Content:
+    """Return what a file of a network holds.
+
+    Args:
+        network: an instance of one of NETWORKS, on any device; it is not changed. By custom the averaged generator.
+        beside: further networks by name, by custom G and D, what training goes on from.
+        metadata: what else the header shall say, such as `images_seen`.
     """
     extra, beside = dict(metadata or {}), dict(beside or {})
     header = {
@@ -101,15 +135,23 @@ def save_network(
         described = {name: {"class": _class_name(other), "config": other.config} for name, other in beside.items()}
         header["beside"] = json.dumps(described, sort_keys=True)
     assert not extra.keys() & _RESERVED, f"reserved: {sorted(extra.keys() & _RESERVED)}"
-    # A training network's tensors are views of one arena; safetensors wants each to own its memory.
     tensors = {
-        prefix + name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        prefix + name: tensor.detach()
         for prefix, module in {"": network, **{f"{name}/": other for name, other in beside.items()}}.items()
         for name, tensor in module.state_dict().items()
     }
+    return Content(tensors, header | extra)
+
+
+def write_network(path: str | Path, content: Content) -> None:
+    """Write what `content_of` returned, whole or not at all; its tensors contiguous on the CPU, none a view of another.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=header | extra)
+            save_file(dict(content.tensors), temporary, metadata=dict(content.header))
     except (OSError, SafetensorError) as error:  # a full disk comes as the latter
         raise UserError(f"cannot write {path}: {error}") from error
 
@@ -126,9 +168,11 @@ def load_network(path: str | Path, device: str | torch.device | None = None, nam
         name: which network of a file that holds several, such as "D"; by default the main one, the averaged generator.
             Only its weights are read.
 
+    No network is allocated before the tensors of the file are known to be those of the one that it describes.
+
     Raises:
         UserError: there is no such file; it is something else, cut short, or made by a newer stylepipe; it holds no
-            network of that name; a tensor is missing or has another shape.
+            network of that name; a tensor is missing, or has another shape or kind of number.
     """
     header = read_header(path)
     if name is not None and name not in header.beside:
@@ -136,12 +180,16 @@ def load_network(path: str | Path, device: str | torch.device | None = None, nam
         raise UserError(f"{path}: no network {name!r} in it; {held}")
     described = header if name is None else header.beside[name]
     prefix = "" if name is None else f"{name}/"
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            own = [key for key in file.keys() if _owner(key, header) == name]  # noqa: SIM118 - it is no mapping
+            tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in own}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: its tensors cannot be read ({one_line(error)}); copy or download it again") from error
+    with torch.device("meta"):
+        _check_tensors(path, _build(path, described).state_dict(), tensors)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and overwritten: leave no trace of it
         network = _build(path, described)
-    with safe_open(str(path), framework="pt") as file:
-        own = [key for key in file.keys() if _owner(key, header) == name]  # noqa: SIM118 - it is no mapping
-        tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in own}
-    _check_tensors(path, network.state_dict(), tensors)
     network.load_state_dict(tensors)
     return network.to(device or "cpu").eval().requires_grad_(False)
 
@@ -157,34 +205,34 @@ def read_header(path: str | Path) -> NetworkHeader:
         raise UserError(
             f"{path}: a safetensors file, but not a network written by stylepipe (no '{FORMAT}' in its header)"
         )
-    found = fields.get("format_version", "")
-    if not found.isdigit() or int(found) > FORMAT_VERSION:
-        writer = fields.get("stylepipe_version", "a newer stylepipe")
+    found = one_line(fields.get("format_version", "missing"))
+    if not re.fullmatch("[0-9]{1,9}", found) or int(found) > FORMAT_VERSION:
+        writer = one_line(fields.get("stylepipe_version", "a newer stylepipe"))
         raise UserError(
-            f"{path}: format version {found or 'missing'}, written by stylepipe {writer}; this one "
+            f"{path}: format version {found}, written by stylepipe {writer}; this one "
             f"({version('stylepipe')}) reads versions up to {FORMAT_VERSION}: install a newer stylepipe"
         )
     metadata = {key: value for key, value in fields.items() if key not in _RESERVED - {"stylepipe_version"}}
     try:
-        config = dict(json.loads(fields.get("config", "")))
-        described = json.loads(fields.get("beside", "{}"))
+        config = _settings(parse_json(fields.get("config", "")))
+        described = parse_json(fields.get("beside", "{}"))
         beside = {
-            name: NetworkHeader(str(entry["class"]), dict(entry["config"]), metadata)
+            name: NetworkHeader(str(entry["class"]), _settings(entry["config"]), metadata)
             for name, entry in described.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: the network's settings in the header are damaged ({error})") from error
+        raise UserError(f"{path}: the network's settings in the header are damaged ({one_line(error)})") from error
     header = NetworkHeader(fields.get("class", ""), config, metadata, beside)
     for class_name in [header.class_name, *(other.class_name for other in beside.values())]:
         if class_name not in NETWORKS:
-            raise UserError(f"{path}: holds a '{class_name}'; this stylepipe knows {', '.join(NETWORKS)}")
+            raise UserError(f"{path}: holds a '{one_line(class_name)}'; this stylepipe knows {', '.join(NETWORKS)}")
     return header
 
 
 def license_notice(path: str | Path, header: NetworkHeader) -> str | None:
     """Return the line that whoever uses a network of a foreign licence is shown; None where none is recorded."""
     found = header.metadata.get("license")
-    return None if found is None else f"network {Path(path).name} is under {found}"
+    return None if found is None else f"network {Path(path).name} is under {one_line(found)}"
 
 
 def classes_of(path: str | Path, metadata: Mapping[str, str], c_dim: int) -> tuple[list[str] | None, bool]:
@@ -202,9 +250,9 @@ def classes_of(path: str | Path, metadata: Mapping[str, str], c_dim: int) -> tup
     if "classes" not in metadata:
         return None, False
     try:
-        names = json.loads(metadata["classes"])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the names of its classes in the header are damaged ({error})") from error
+        names = parse_json(metadata["classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: the names of its classes in the header are damaged ({one_line(error)})") from error
     if names is None:
         return None, True
     if not isinstance(names, list) or len(names) != c_dim or not all(isinstance(name, str) for name in names):
@@ -242,7 +290,7 @@ def _read_fields(path: Path) -> dict[str, str]:
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or length > _MAX_HEADER_BYTES or file.read(1) != b"{":
                 raise UserError(nothing)
-            text = b"{" + file.read(length - 1)
+            text = b"{" + file.read(min(length, size) - 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a network-<kimg>.safetensors") from None
     except OSError as error:
@@ -250,15 +298,28 @@ def _read_fields(path: Path) -> dict[str, str]:
     if len(text) < length:
         raise UserError(f"{path}: cut short within its header, at {size:,} bytes; copy or download it again")
     try:
-        entries = json.loads(text)
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-        fields = entries.get("__metadata__", {})
+        entries = parse_json(text)
+        fields = dict(entries.pop("__metadata__", {}))
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if not all(isinstance(value, str) for value in fields.values()) or not 0 <= end < 1 << 63:
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(nothing) from None
     if size != 8 + length + end:
         problem = "cut short" if size < 8 + length + end else "longer than its header says"
         raise UserError(f"{path}: {problem}, {size:,} of {8 + length + end:,} bytes; copy or download it again")
-    return dict(fields)
+    return fields
+
+
+def _settings(values: Any) -> dict[str, Any]:
+    """Return the settings of a network as its class takes them; raise ValueError where no network has such."""
+    for name, value in values.items():
+        largest = _LARGEST.get(name, _LARGEST_OF_OTHERS)
+        if isinstance(value, (int, float)) and not abs(value) <= largest:  # NaN too
+            raise ValueError(f"{name} {one_line(value)}; expected at most {largest}")
+        if not isinstance(value, (str, int, float, type(None))) or (name in _COUNTS and type(value) is not int):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    return dict(values)
 
 
 def _owner(key: str, header: NetworkHeader) -> str | None:
@@ -279,8 +340,9 @@ def _build(path: str | Path, header: NetworkHeader) -> nn.Module:
     kind = getattr(importlib.import_module(module), attribute)
     try:
         network: nn.Module = kind(**header.config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its settings do not make a {header.class_name}: {error}") from error
+    except Exception as error:  # a strange setting may break anything
+        found = one_line(error) or type(error).__name__
+        raise UserError(f"{path}: its settings do not make a {header.class_name}: {found}") from error
     return network
 
 
@@ -288,9 +350,12 @@ def _check_tensors(path: str | Path, expected: Mapping[str, Tensor], found: Mapp
     for name, tensor in expected.items():
         if name not in found:
             raise UserError(f"{path}: tensor {name} is missing")
-        if found[name].shape != tensor.shape:
-            shapes = f"{list(found[name].shape)} found, {list(tensor.shape)} expected from the settings in its header"
+        own = found[name]
+        if own.shape != tensor.shape:
+            shapes = f"{list(own.shape)} found, {list(tensor.shape)} expected from the settings in its header"
             raise UserError(f"{path}: tensor {name} has another shape: {shapes}")
+        if own.is_floating_point() != tensor.is_floating_point() or own.is_complex():
+            raise UserError(f"{path}: tensor {name} holds {own.dtype}; expected {tensor.dtype}")
     unknown = sorted(found.keys() - expected.keys())
     if unknown:
-        raise UserError(f"{path}: tensor {unknown[0]} has no place in the network that its header describes")
+        raise UserError(f"{path}: tensor {one_line(unknown[0])} has no place in the network that its header describes")

@@ -27,8 +27,14 @@ from stylepipe.training.power_ema import averages_files
 FORMAT_VERSION = 1
 DIVERGED = "diverged"
 """Kind of the states that are kept of a divergence, to be looked at."""
+DAMAGED = "damaged"
+"""Kind of those that are no longer as they were written."""
 
 _NAME = re.compile(r"state-\d{6,}\.\d{3}")
+
+
+class DamagedStateError(UserError):
+    """A state that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class State:
     Attributes:
         path: the folder.
         images_seen: where on the training's clock it was saved.
-        tensors: the engine's tensors by name, on the CPU.
+        tensors: the engine's tensors by name, on the CPU; only the main process has them.
         layout: shape of every parameter, by network and name.
         info: everything else, such as the tracker's run id.
     """
@@ -60,9 +66,10 @@ def save_state(
 ) -> Path:
     """Write `out/<kind>-<kimg>/` and return it; one of that name that is there already is replaced when it is whole.
 
-    `info["healthy"]` says whether it is one to roll back to. Of a divergence none is replaced: they are numbered.
+    `info["healthy"]` says whether it is one to roll back to, `info["interim"]` whether it is to be kept only until
+    there is a newer one. Of a divergence none is replaced: they are numbered.
     """
-    path = out / f"{kind}-{kimg_name(images_seen)}"
+    path = out / state_folder(images_seen, kind)
     if kind == DIVERGED:
         path = _free(path)
     whole = path.with_name(f".{path.name}.whole.tmp")
@@ -85,6 +92,11 @@ def save_state(
     return path
 
 
+def state_folder(images_seen: int, kind: str = "state") -> str:
+    """Return the name of the state folder of a moment."""
+    return f"{kind}-{kimg_name(images_seen)}"
+
+
 def amend_state(path: Path, info: Mapping[str, Any]) -> None:
     """Change some of what a state says beside its tensors."""
     file = path / "state.json"
@@ -98,7 +110,8 @@ def load_state(path: Path) -> State:
     """Read a state folder.
 
     Raises:
-        UserError: no such folder, not a state, a newer format, or content that is not as it was written.
+        DamagedStateError: content that is missing or is not as it was written.
+        UserError: no such folder, not a state, or a newer format.
     """
     if not path.is_dir():
         found = "a file" if path.exists() else "no such folder"
@@ -115,20 +128,23 @@ def load_state(path: Path) -> State:
             raise UserError(
                 f"{path}: state of format {version}, but this stylepipe reads up to {FORMAT_VERSION}; upgrade it"
             )
+        if version < 1:
+            raise UserError(f"{path}: state of format {version}, which no stylepipe has written; expected 1")
         tensor_file = path / "state.safetensors"
         if file_sha256(tensor_file) != description["sha256"]:
-            raise UserError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
+            raise DamagedStateError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
         return State(
             path, description["images_seen"], load_file(tensor_file), description["layout"], description["info"]
         )
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not a whole state, {Path(error.filename).name} is missing; {remedy}") from error
+        missing = Path(error.filename).name
+        raise DamagedStateError(f"{path}: not a whole state, {missing} is missing; {remedy}") from error
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see to its permissions and to the disk") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable state ({error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise DamagedStateError(f"{path}: not a readable state ({error}); {remedy}") from error
 
 
 def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> None:
@@ -153,17 +169,52 @@ def newest_state(out: Path) -> Path | None:
     return max(_states(out), default=None)
 
 
+def newest_whole_state(out: Path) -> tuple[State | None, list[DamagedStateError]]:
+    """Read the state in `out` with the most images seen of those that are as they were written.
+
+    Returns:
+        the state, None if there is none at all; and what is wrong with each newer one.
+
+    Raises:
+        DamagedStateError: none is whole.
+        UserError: as for `load_state`.
+    """
+    wrong: list[DamagedStateError] = []
+    for path in sorted(_states(out), reverse=True):
+        try:
+            return load_state(path), wrong
+        except DamagedStateError as error:
+            wrong.append(error)
+    if wrong:
+        raise DamagedStateError(f"{out}: none of its states is whole, start anew in another --out; {wrong[0]}")
+    return None, wrong
+
+
 def newest_healthy_state(out: Path) -> Path | None:
     """Return the newest state folder in `out` that was saved while gradients were finite, if there is any."""
     return next((path for path in sorted(_states(out), reverse=True) if _is_healthy(path)), None)
 
 
 def prune_states(out: Path, keep: int) -> None:
-    """Delete all but the newest `keep` states of `out`, and never the newest healthy one; 0 keeps all."""
-    healthy = newest_healthy_state(out)
-    for path in sorted(_states(out))[:-keep] if keep else []:
-        if path != healthy:
+    """Delete all but the newest `keep` states of `out`, besides them the newest and the newest healthy; 0 keeps all.
+
+    Those that are only to be kept until there is a newer one are not counted.
+    """
+    if keep == 0:
+        return
+    states = sorted(_states(out), reverse=True)
+    counted = [path for path in states if not _info(path).get("interim", False)]
+    kept = {*states[:1], *counted[:keep], newest_healthy_state(out)}
+    for path in states:
+        if path not in kept:
             _delete(path)
+
+
+def set_aside_damaged(out: Path, newest: Path) -> None:
+    """Rename the states of `out` that are later than one that was read: they were found damaged."""
+    for path in _states(out):
+        if path.name > newest.name:
+            path.rename(_free(out / path.name.replace("state", DAMAGED, 1)))
 
 
 def set_aside_later(out: Path, path: Path | None) -> None:
@@ -203,10 +254,15 @@ def _states(out: Path) -> list[Path]:
 
 
 def _is_healthy(path: Path) -> bool:
+    return bool(_info(path).get("healthy", True))
+
+
+def _info(path: Path) -> Mapping[str, Any]:
+    """Return what a state says beside its tensors; of a damaged one, that it is not healthy."""
     try:
-        return bool(json.loads((path / "state.json").read_text())["info"].get("healthy", True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # damaged
+        return dict(json.loads((path / "state.json").read_text())["info"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {"healthy": False}
 
 
 def _delete(path: Path) -> None:

@@ -7,20 +7,33 @@ every process its own gradients for R1 and for calls of a part such as `G.mappin
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor
 
 from stylepipe.datasets.processes import available_cpus
-from stylepipe.errors import UserError
+from stylepipe.errors import ProcessLostError, UserError
+from stylepipe.training import activity
 
 T = TypeVar("T")
+
+# What waits for another process is ended by `stylepipe.training.watchdog`, which knows what for, not by torch's own
+# limit: data may take hours to prepare.
+_NO_LIMIT = timedelta(days=365)
+
+# What gloo says where the other end is gone.
+_OF_A_LINK = re.compile("gloo|connection|peer|socket|store", re.IGNORECASE)
+
+_hosts: dist.ProcessGroup | None = None  # where processes talk without their GPUs, if those are what they talk by
 
 
 def make_accelerator() -> Accelerator:
@@ -28,8 +41,16 @@ def make_accelerator() -> Accelerator:
 
     Without a GPU, Accelerate must be told so: else processes started by torchrun would train separately.
     """
+    global _hosts
     # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.train.settle`.
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_NO_LIMIT)],
+    )
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        _hosts = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    return accelerator
 
 
 def use_all_cores() -> None:
@@ -50,10 +71,34 @@ def average_(tensors: Sequence[Tensor]) -> None:
         tensor /= dist.get_world_size()
 
 
+@contextmanager
+def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
+    """Take part in something that all processes do, named in words that fit behind "waiting for".
+
+    Args:
+        what: they do.
+        kind: "unlimited" where each may work on its own for long before.
+
+    Raises:
+        ProcessLostError: one of them has gone.
+    """
+    try:
+        with activity.during(f"waiting for {what}" if kind == "waiting" else what, kind):
+            yield
+    except RuntimeError as error:  # what torch.distributed raises is of several kinds
+        if not isinstance(error, dist.DistError) and _OF_A_LINK.search(str(error)) is None:
+            raise
+        raise ProcessLostError(
+            f"lost another process of this training, while waiting for {what}: it has ended, which its own message "
+            f"tells of, or its machine cannot be reached ({' '.join(str(error).split())})"
+        ) from error
+
+
 def sum_(tensor: Tensor) -> Tensor:
     """Replace `tensor` by its sum over the processes."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        with together("statistics"):
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -61,8 +106,36 @@ def smallest(value: int, device: torch.device) -> int:
     """Return the smallest of the processes' numbers."""
     tensor = torch.tensor(value, device=device)
     if dist.is_initialized():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        with together("the least of all"):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
     return int(tensor)
+
+
+def any_process(holds: bool) -> bool:
+    """Tell whether something holds on any process. Hosts wait for one another here; their devices work on."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return holds
+    vote = torch.tensor(float(holds))
+    with together("the beginning of the next step"):
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=_hosts)
+    return bool(vote)
+
+
+def share_(tensors: Sequence[Tensor], values: T) -> T:
+    """Replace each tensor by that of the main process, and return its values; all processes call this.
+
+    Args:
+        tensors: on this process's device.
+        values: anything small.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    box = [values]
+    with together("the state of the main process"):
+        broadcast_object_list(box)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+    return box[0]
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., T], *arguments: Any) -> T:
@@ -73,7 +146,8 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., T], *argum
     """
     box = [_attempt(function, arguments) if accelerator.is_main_process else (None, None)]
     if accelerator.num_processes > 1:
-        broadcast_object_list(box)
+        with together("the main process"):
+            broadcast_object_list(box)
     result, failure = box[0]
     _fail_together(accelerator, failure)
     return cast(T, result)
@@ -86,7 +160,10 @@ def on_every_process(accelerator: Accelerator, function: Callable[..., T], *argu
         UserError: `function` raised it somewhere. The main process raises it, the others exit quietly with code 2.
     """
     result, failure = _attempt(function, arguments)
-    failures = gather_object([failure]) if accelerator.num_processes > 1 else [failure]
+    failures = [failure]
+    if accelerator.num_processes > 1:
+        with together("what all processes are at"):
+            failures = gather_object(failures)
     _fail_together(accelerator, next((f for f in failures if f is not None), None))
     return cast(T, result)
 

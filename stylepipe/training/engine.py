@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from stylepipe.config import EMAConfig, OptimConfig, filled
 from stylepipe.datasets.reader import Batch
+from stylepipe.training import activity
 from stylepipe.training.adam import Adam
 from stylepipe.training.arena import Arena, mark_trained
-from stylepipe.training.distributed import average_
+from stylepipe.training.averaging import Averaging, Exchange
+from stylepipe.training.distributed import share_
 from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import MicroBatch, Phase, Recipe, Record
@@ -33,10 +35,19 @@ _POWER_START = "power_start"
 
 @dataclass(frozen=True)
 class Used:
-    """What a stage uses of a network: parameters, and where they lie in its arena."""
+    """What a stage uses of a network.
+
+    Attributes:
+        parameters: those in use.
+        windows: where they lie in the network's arena.
+        gradients: the arena's there.
+        averaging: makes them those of all processes; None in a process alone.
+    """
 
     parameters: list[nn.Parameter]
     windows: list[slice]
+    gradients: list[Tensor]
+    averaging: Averaging | None
 
 
 class Engine:
@@ -47,9 +58,11 @@ class Engine:
         optim: Adam's settings.
         ema: half-life of the averages, and whether power-function averages are kept as well.
         rank, world_size: which of how many processes this is.
+        exchange: how they exchange gradients; by default in float32.
 
     Attributes:
         images_seen: the clock.
+        whole: whether its state is that of the clock: within a step, from its first update on, it is not.
         skipped: [2] float32 for each phase by name: updates skipped for inf or NaN gradients, in all and in a row up
             to now. It stays on the device.
         power_averages: of each averaged network by name, those of SIGMA_RELS, for `stylepipe ema`.
@@ -60,11 +73,19 @@ class Engine:
     """
 
     def __init__(
-        self, recipe: Recipe, *, optim: OptimConfig, ema: EMAConfig, rank: int = 0, world_size: int = 1
+        self,
+        recipe: Recipe,
+        *,
+        optim: OptimConfig,
+        ema: EMAConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        exchange: Exchange | None = None,
     ) -> None:
         self.recipe = recipe
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self._exchange = rank, world_size, exchange or Exchange()
         self.images_seen = 0
+        self.whole = True
         self.arenas = {name: Arena(network) for name, network in recipe.networks.items()}
         self.averages = {name: EMA(network, self.arenas[name]) for name, network in recipe.averaged.items()}
         self.power_averages = {
@@ -103,6 +124,7 @@ class Engine:
         for name, powers in self.power_averages.items():
             for power in powers:
                 power.update(self.images_seen, stage.batch_size, self._used[name].windows)
+        self.whole = True
 
     def run_phase(self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor) -> None:
         """Update one network.
@@ -111,23 +133,10 @@ class Engine:
             images: [batch_size / world_size, H, W, 3] uint8 on the device, this process's share in order of position.
             labels: [batch_size / world_size, c_dim] float32 on the device.
         """
-        self._enter(stage)
-        arena, optimizer, used = self.arenas[phase.trains], self.optimizers[phase.trains], self._used[phase.trains]
-        rounds = len(images) // stage.batch_gpu
-        assert rounds * stage.batch_gpu == len(images) == stage.batch_size // self.world_size
-        mark_trained(used.parameters, True)
-        assert arena.grad is not None
-        gradients = [arena.grad[window] for window in used.windows]
-        torch._foreach_zero_(gradients)
-        for index in range(rounds):
-            micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
-            for term in phase.loss(micro_batch, self.record):
-                (term * (phase.weight / rounds)).backward(inputs=used.parameters)
-        mark_trained(used.parameters, False)
-
-        averages = self.record.take_averages(rounds)
-        if self.world_size > 1:
-            average_([*gradients, *averages.values()])
+        activity.note(f"{phase.name} after {self.images_seen / 1000:g} kimg")
+        averages = self.gradients(phase, stage, images, labels)
+        gradients, optimizer = self._used[phase.trains].gradients, self.optimizers[phase.trains]
+        self.whole = False
         # One look at all gradients: where any is not finite, or their squares are not, the optimizer skips the update
         # on the device.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -140,6 +149,27 @@ class Engine:
         annealed = self.recipe.anneal(stage)
         optimizer.step(stage.lr_multiplier * annealed.lr, failed, annealed.beta2)
         phase.after(averages, stage)
+
+    def gradients(self, phase: Phase, stage: Stage, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Leave the gradient of a phase, the mean over all processes, in its network's arena.
+
+        Args are those of `run_phase`. Returns the means of what the phase recorded for `Phase.after`.
+        """
+        self._enter(stage)
+        used = self._used[phase.trains]
+        rounds = len(images) // stage.batch_gpu
+        assert rounds * stage.batch_gpu == len(images) == stage.batch_size // self.world_size
+        mark_trained(used.parameters, True)
+        torch._foreach_zero_(used.gradients)
+        for index in range(rounds):
+            if used.averaging is not None and index == rounds - 1:
+                used.averaging.watch(phase.name)
+            micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)
+            for term in phase.loss(micro_batch, self.record):
+                (term * (phase.weight / rounds)).backward(inputs=used.parameters)
+        mark_trained(used.parameters, False)
+        averages = self.record.take_averages(rounds)
+        return averages if used.averaging is None else used.averaging.finish(averages)
 
     def note_skipped(self) -> None:
         """Have the next tick report the counts of all phases, of those too that have not run since the last."""
@@ -197,6 +227,16 @@ class Engine:
                 else:
                     power.start = int(tensors[f"{name}.{_POWER_START}"])
         self._stage = self._structure = None  # the number of steps has changed
+        self.whole = True
+
+    def share_state(self) -> None:
+        """Have every process go on as the main one does, which has loaded a state; all processes call this."""
+        powers = [power for powers in self.power_averages.values() for power in powers]
+        kept = [tensor for name, tensor in self.state().items() if not name.endswith(_POWER_START)]
+        self.images_seen, starts = share_(kept, (self.images_seen, [power.start for power in powers]))
+        for power, start in zip(powers, starts, strict=True):
+            power.start = start
+        self._stage = self._structure = None
 
     def _enter(self, stage: Stage) -> None:
         """Let the recipe follow the stage, and train what it uses, and nothing else; once is enough for a step."""
@@ -212,8 +252,12 @@ class Engine:
             parameters = {id(p) for module in modules for p in module.parameters()}
             arena = self.arenas[name]
             used = [p for p in arena.trained if id(p) in parameters]
-            self._used[name] = Used(used, arena.windows(used))
-            self.optimizers[name].use(self._used[name].windows)
+            windows, averaging = arena.windows(used), None
+            if self.world_size > 1:
+                averaging = Averaging(arena, used, windows, self.world_size, self._exchange)
+            assert arena.grad is not None
+            self._used[name] = Used(used, windows, [arena.grad[window] for window in windows], averaging)
+            self.optimizers[name].use(windows)
 
     def _optimizer(self, name: str, optim: OptimConfig) -> Adam:
         """Make Adam for one network, corrected for its lazy phase (arXiv:1912.04958, appendix B).

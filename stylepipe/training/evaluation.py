@@ -72,6 +72,10 @@ class Measurement:
         return ", ".join(f"{name} {value:.4g}" for name, value in self.results.items())
 
 
+class MeasuringStoppedError(Exception):
+    """A request to stop came while a generator was being measured; it is raised on every process."""
+
+
 class Evaluation:
     """Measures generators against the images of a dataset; every process takes part.
 
@@ -99,7 +103,8 @@ class Evaluation:
         self._device = accelerator.device
         self._team = Team(accelerator.process_index, accelerator.num_processes)
         self._kept: dict[Path, Rows] = {}  # of real images, in memory where the cache cannot be written
-        self._going_on: Callable[[], None] = lambda: None
+        self._stopping: Callable[[], bool] = lambda: False
+        self._stopped = False
 
     @property
     def names(self) -> str:
@@ -117,17 +122,18 @@ class Evaluation:
                 raise UserError(f"{metric.name}: expected images of {metric.extraction.lowest} px at least")
             self._counts(metric)
 
-    def measure(self, generated: Generated, going_on: Callable[[], None] = lambda: None) -> list[Measurement]:
+    def measure(self, generated: Generated, stopping: Callable[[], bool] = lambda: False) -> list[Measurement]:
         """Measure a generator by the metrics that its images are large enough for.
 
         Args:
             generated: its images.
-            going_on: is called before each batch; what it raises ends the measuring.
+            stopping: is asked before each batch whether this process, perhaps alone, is to leave off.
 
         Raises:
+            MeasuringStoppedError: one of the processes was to leave off.
             UserError: too few images for a metric, or real ones that cannot be read.
         """
-        self._going_on = going_on
+        self._stopping, self._stopped = stopping, False
         start = time.perf_counter()
         with full_float32(self._device):
             found = self._found(generated)
@@ -224,14 +230,19 @@ class Evaluation:
     ) -> dict[str, SharedRows]:
         shown = partial(self._shown, what)
         take = partial(collect, source, wanted, batch=batch, team=self._team, device=self._device, progress=shown)
-        return on_every_process(self._accelerator, take)
+        rows = on_every_process(self._accelerator, take)
+        if not self._team.all(not self._stopped, self._device):
+            raise MeasuringStoppedError
+        return rows
 
     def _shown(self, what: str, parts: Sequence[list[int]]) -> Iterator[list[int]]:
         """Show a bar while the batches are gone through, on the main process."""
         off = None if self._accelerator.is_main_process else True
         with tqdm(total=sum(map(len, parts)), desc=what, unit="img", disable=off, leave=False) as bar:
             for part in parts:
-                self._going_on()
+                self._stopped = self._stopping()
+                if self._stopped:
+                    return
                 yield part
                 bar.update(len(part))
 

@@ -1,46 +1,53 @@
-"""Stopping in good order: Ctrl-C, SIGTERM, SIGHUP or the launcher's death end the training after the running step."""
+"""Stopping in good order: signals, the end of --max-hours, the launcher's death end the training between two steps."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections import deque
+import socket
+import sys
+import threading
+import time
 from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from stylepipe.training.distributed import any_process
 
-_LAG_STEPS = 2  # how many steps a GPU may lag behind before its answer is waited for
+SAME_REQUEST_S = 2.0
+"""Launchers pass on what the whole process group has received already: within this time it is the same request."""
+
+_STARTED = time.monotonic()
 
 
 class Interrupt:
-    """Within this context, requests to stop are noted instead of obeyed at once.
+    """Within this context, requests to stop are noted instead of obeyed at once; a second one ends the process.
 
-    Launchers pass a Ctrl-C on as further signals, so only the third SIGINT quits without saving.
+    Signals are SIGINT, SIGTERM, SIGUSR1 (as SLURM sends before the time is up) and, but under nohup, SIGHUP. A thread
+    looks after them: the main thread may be waiting for other processes, where Python's own handlers never run.
 
     Args:
-        device: this process's, where its votes go.
         parent: process id of the launcher, whose death is a request to stop; None if there is no launcher.
+        max_hours: since this process began, after which to stop; None for no limit.
 
     Attributes:
         cause: what asked to stop, for the message to the user; None while nothing has.
-        exit_code: 128 + the signal's number, as shells have it.
     """
 
-    def __init__(self, device: torch.device, parent: int | None = None) -> None:
+    def __init__(self, parent: int | None = None, max_hours: float | None = None) -> None:
         self.cause: str | None = None
-        self.exit_code = 0
-        self._device = device
-        self._parent = parent
-        self._interrupts = 0
-        self._votes: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._parent, self._max_hours = parent, max_hours
+        self._asked_at: float | None = None
 
     def __enter__(self) -> Interrupt:
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             numbers.append(signal.SIGHUP)
+        self._numbers = frozenset(numbers)
+        reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
+        self._listener = threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True)
+        self._listener.start()
         return self
 
     def __exit__(
@@ -48,38 +55,46 @@ class Interrupt:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writing.close()
+        self._listener.join()
 
-    def agreed(self) -> bool:
-        """Tell whether to stop after this step; every process calls this after every step and gets the same answer."""
+    @property
+    def asked(self) -> bool:
+        """Whether this process, perhaps alone, is to stop."""
         if self.cause is None and self._parent is not None and os.getppid() != self._parent:
-            self.cause, self.exit_code = "the launcher has died", 128 + signal.SIGTERM
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.cause is not None
-        stop = self._all_votes()
-        if stop and self.cause is None:
-            self.cause, self.exit_code = "another process was asked to stop", 128 + signal.SIGTERM
+            self.cause = "the launcher has died"
+        if self.cause is None and self._max_hours is not None and time.monotonic() - _STARTED >= self._max_hours * 3600:
+            self.cause = f"--max-hours {self._max_hours:g}"
+        return self.cause is not None
+
+    def agreed(self, failed: bool = False) -> bool:
+        """Tell whether to stop before the next step; every process calls this then and gets the same answer.
+
+        Args:
+            failed: this process cannot go on.
+        """
+        stop = any_process(self.asked or failed)
+        if stop and self.cause is None and not failed:
+            self.cause = "another process was asked to stop, or cannot go on"
         return stop
 
-    def _all_votes(self) -> bool:
-        vote = torch.full((), float(self.cause is not None), device=self._device)  # a fill does not wait, a copy would
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        if self._device.type != "cuda":
-            return bool(vote)
-        # Read what was voted some steps ago: by then it has arrived, and the host waits for nothing.
-        arrived = torch.empty((), pin_memory=True)
-        arrived.copy_(vote, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._votes.append((arrived, event))
-        if len(self._votes) <= _LAG_STEPS:
-            return False
-        arrived, event = self._votes.popleft()
-        event.synchronize()
-        return bool(arrived)
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.exit_code = 128 + number
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts >= 3:
-            raise KeyboardInterrupt
+        if self.cause is None:
+            self.cause = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+    def _listen(self, signals: socket.socket) -> None:
+        with signals:
+            while received := signals.recv(1):  # nothing: the other end has been closed
+                if received[0] in self._numbers:
+                    self._take(received[0])
+
+    def _take(self, number: int) -> None:
+        """Note the first request; leave at once for a second."""
+        self._note(number, None)
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at >= SAME_REQUEST_S:
+            sys.stderr.write("asked to stop for the second time: ending at once, without saving\n")
+            os._exit(128 + number)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -74,6 +76,27 @@ def right_command(processes: int, machines: int = 1) -> str:
         script, options = "launch/train.py", sys.argv[2:]
     command = shlex.join([*words, script, *options])
     return command if torch.cuda.is_available() else f"ACCELERATE_USE_CPU=true {command}"
+
+
+def command_again(out: Path) -> str:
+    """Write the command that goes on with the run in `out`: that which started this process, or its launcher."""
+    words = [sys.executable, *sys.argv]
+    if launcher_process() is not None:
+        with contextlib.suppress(psutil.Error):  # it has died
+            words = psutil.Process(_PARENT).cmdline()
+    if Path(words[0]).name.startswith("python"):
+        script = Path(words[1])
+        if script.name == "__main__.py":
+            words[:2] = ["python", "-m", script.parent.name]
+        elif script.parent.name in ("bin", "Scripts"):  # installed, and found by its name
+            words[:2] = [script.name]
+        else:
+            words[0] = "python"
+    kept = [word for before, word in pairwise(["", *words]) if "--resume" not in (before, word.partition("=")[0])]
+    if not any(word.partition("=")[0] == "--out" for word in kept):
+        kept += ["--out", str(out)]
+    on_cpu = "ACCELERATE_USE_CPU=true " if launcher_process() is not None and "ACCELERATE_USE_CPU" in os.environ else ""
+    return on_cpu + shlex.join(kept)
 
 
 def _asked_of_accelerate() -> tuple[int, int]:

@@ -22,8 +22,8 @@ from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.metrics.registry import WITHOUT_BEST, metrics_named, parse_names
 from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, network_file, network_files
-from stylepipe.training.distributed import on_main_process
-from stylepipe.training.evaluation import Evaluation, Measurement
+from stylepipe.training.distributed import on_main_process, together
+from stylepipe.training.evaluation import Evaluation, Measurement, MeasuringStoppedError
 from stylepipe.training.growth import Stage
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import append_measured
@@ -87,10 +87,6 @@ def available(names: Sequence[str], cache: Path, accelerator: Accelerator) -> tu
     return found, notices
 
 
-class MeasuringStoppedError(Exception):
-    """A request to stop came while the run was being measured."""
-
-
 class RunMetrics:
     """Measures the averaged network of a run and keeps what came out.
 
@@ -131,19 +127,20 @@ class RunMetrics:
         """Tell, on every process, whether a network that this run has saved is still to be measured."""
         return on_main_process(self._accelerator, self._misses, network_file(images_seen))
 
-    def measure(self, stage: Stage, images_seen: int, going_on: Callable[[], None]) -> None:
+    def measure(self, stage: Stage, images_seen: int, stopping: Callable[[], bool]) -> None:
         """Measure the network of now, whose file has been saved; every process takes part.
 
         Args:
             stage: of its last step.
             images_seen: by then.
-            going_on: is called now and then; raises MeasuringStoppedError to leave it for when the run goes on.
+            stopping: is asked now and then whether to leave it for when the run goes on.
         """
         assert self._evaluation is not None
         if self._accelerator.device.type == "cuda":
             torch.cuda.empty_cache()  # what training has reserved is of other sizes
         try:
-            found = self._evaluation.measure(self._recipe.generated(stage), going_on)
+            with together("measuring", "unlimited"):
+                found = self._evaluation.measure(self._recipe.generated(stage), stopping)
         except MeasuringStoppedError:
             return
         except torch.OutOfMemoryError as error:
@@ -199,7 +196,7 @@ class RunMetrics:
             append_measured(self._out / METRICS_FILE, [m.line(images_seen, file) for m in found])
             self.follow_best()
         except OSError as error:
-            raise UserError(f"cannot write to {self._out}: {error}; make room, then start the same command") from error
+            self._say(f"ALARM metrics: cannot write to {self._out}: {error}; what was measured is not kept there")
         self._tracker.log(scalars, images_seen)
         best = self._best()
         if best is None:

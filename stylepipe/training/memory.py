@@ -21,6 +21,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error is an allocator's that got nothing; that of the CPU has no kind of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this machine or GPU has left; on a CPU also within the limit of the container."""
     if device.type == "cuda":

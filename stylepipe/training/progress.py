@@ -83,8 +83,35 @@ class Progress:
             self._bar = None
 
 
+class _Lines:
+    """A file of lines, each on its way to the disk when `write` returns; what a full disk does not take is kept.
+
+    Attributes:
+        failure: why the latest lines could not be written, if they could not.
+    """
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self._file = open(path, f"{mode}b", buffering=0)  # noqa: SIM115 - it is open for as long as the run
+        self._left = b""
+        self.failure: OSError | None = None
+
+    def write(self, line: str) -> None:
+        self._left += line.encode() + b"\n"
+        self.failure = None
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            self.failure = error
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunLog:
     """Appends to a run's log.txt and stats.jsonl; every line is on its way to the disk when the call returns.
+
+    What cannot be written is kept, and written as soon as it can.
 
     Where a run begins or goes back, metrics.jsonl follows.
 
@@ -104,10 +131,16 @@ class RunLog:
         self.close()
         self._open(images_seen)
 
-    def line(self, text: str) -> None:
-        """Append text to log.txt, each of its lines with the kimg of the last `stats`."""
+    @property
+    def failure(self) -> OSError | None:
+        """Why the latest lines could not be written, if they could not."""
+        return self._log.failure or self._stats.failure
+
+    def line(self, text: str, images_seen: int | None = None) -> None:
+        """Append text to log.txt, each of its lines with its kimg: by default that of the last `stats`."""
+        kimg = (self.images_seen if images_seen is None else images_seen) / 1000
         for part in text.splitlines() or [""]:
-            self._log.write(f"{self.images_seen / 1000:10.3f} | {part}".rstrip() + "\n")
+            self._log.write(f"{kimg:10.3f} | {part}".rstrip())
 
     def stats(self, images_seen: int, values: Mapping[str, float | str]) -> None:
         """Append one JSON object to stats.jsonl; numbers that are not finite become null, which every reader takes."""
@@ -116,7 +149,7 @@ class RunLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._stats.write(json.dumps({"images_seen": images_seen, **plain}, allow_nan=False) + "\n")
+        self._stats.write(json.dumps({"images_seen": images_seen, **plain}, allow_nan=False))
 
     def close(self) -> None:
         """Close the files."""
@@ -135,8 +168,7 @@ class RunLog:
             _drop_later_lines(log, _log_position, resume_from_images_seen)
             _drop_later_lines(stats, _stats_position, resume_from_images_seen)
         mode = "w" if resume_from_images_seen is None else "a"
-        self._log = open(log, mode, buffering=1, encoding="utf-8")  # noqa: SIM115 - line-buffered
-        self._stats = open(stats, mode, buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._log, self._stats = _Lines(log, mode), _Lines(stats, mode)
 
 
 def append_measured(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

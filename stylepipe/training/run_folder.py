@@ -13,7 +13,7 @@ from stylepipe.config import Config
 from stylepipe.errors import UserError
 from stylepipe.files import locked
 from stylepipe.run_files import network_files
-from stylepipe.training.checkpoint import State, load_state, newest_state
+from stylepipe.training.checkpoint import DAMAGED, State, load_state, newest_state, newest_whole_state
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,17 @@ _OF_WEIGHTS = (
 
 
 def find_state(config: Config) -> State | None:
-    """Read the state that `--resume` names, or the newest in `--out`."""
+    """Read the state that `--resume` names, or the newest in `--out` that is whole."""
     if config.resume == "none":
         return None
     if config.resume != "auto":
         return load_state(Path(config.resume))
-    newest = newest_state(Path(config.out)) if config.out is not None else None
-    return load_state(newest) if newest is not None else None
+    if config.out is None:
+        return None
+    state, wrong = newest_whole_state(Path(config.out))
+    for error in wrong:
+        logger.warning("%s; passed over, and kept as %s-<kimg>", error, DAMAGED)
+    return state
 
 
 def check_goes_on(config: Config, state: State) -> None:
@@ -79,7 +83,8 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
             f"a new run would overwrite; give another folder"
         )
     newest = newest_state(out)
-    if newest is not None and (state is None or newest.resolve() != state.path.resolve()):
+    # With auto it is of this folder, and what is newer is damaged.
+    if newest is not None and (state is None or (config.resume != "auto" and newest.resolve() != state.path.resolve())):
         raise UserError(
             f"--resume {config.resume}: {out} holds a run already, up to {newest.name}, which this one would "
             f"overwrite; give another --out, or leave --resume out to go on from its end"

@@ -11,7 +11,7 @@ from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.training.checkpoint import State
 
-_NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run")  # these say where and how to run, not what
+_NOT_IN_CONFIG_FILE = ("out", "resume", "dry_run", "max_hours")  # these say where and how to run, not what
 
 
 def config_mapping(config: Config) -> dict[str, Any]:

@@ -1,11 +1,19 @@
-"""What a run leaves of its networks: grids of images, network files to use and states to go on from."""
+"""What a run leaves of its networks: grids of images, network files to use and states to go on from.
+
+Networks and states are written by a thread of their own, from copies of the moment: the training does not wait for the
+disk.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +24,7 @@ from stylepipe.datasets.order import ORDER_VERSION
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.images import grid_shape, make_grid, save_clip, save_image, shrunk
-from stylepipe.interop.network_file import save_network
+from stylepipe.interop.network_file import Content, content_of, write_network
 from stylepipe.run_files import CLIPS_FOLDER, GRIDS_FOLDER, LOG_FILE, REAL_GRID, STATS_FILE, kimg_name, network_file
 from stylepipe.training.checkpoint import (
     DIVERGED,
@@ -25,10 +33,12 @@ from stylepipe.training.checkpoint import (
     prune_states,
     save_state,
     set_aside_later,
+    state_folder,
 )
 from stylepipe.training.engine import Engine
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
+from stylepipe.training.host_copies import HostCopies
 from stylepipe.training.power_ema import averages_file
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
@@ -37,8 +47,27 @@ CLIP_CELLS, CLIP_SIDE = 4, 128  # images side by side, pixels
 CLIP_STOPS, CLIP_FRAMES, CLIP_FRAME_MS = 3, 36, 80
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Something that is being written.
+
+    Attributes:
+        images_seen: of what moment.
+        told: its name, for people; None where it is not told.
+        network: the network file among it, if any.
+        held_s: how long the training waited for it to be copied.
+    """
+
+    images_seen: int
+    told: str | None
+    network: Path | None
+    held_s: float
+
+
 class Snapshots:
     """Saves grids, networks and states of a run, on the main process.
+
+    What is begun is to be settled: it may still fail.
 
     Args:
         config: resolved settings.
@@ -46,14 +75,16 @@ class Snapshots:
         dataset: of the run's resolution.
         out: folder of the run.
         tracker: where pictures go as well.
-        say: tells the user of each file.
+        say: tells the user of each file, and of what moment it is.
         origin: what network files shall say of where the run comes from, such as `derived_from`.
 
     Attributes:
         history: what states shall say of how the run fared until now; see `stylepipe.training.trainer`.
+        held_s: for how many seconds saving has held up the training.
     """
 
     history: dict[str, Any]
+    held_s: float
 
     def __init__(
         self,
@@ -62,12 +93,16 @@ class Snapshots:
         dataset: TrainingData,
         out: Path,
         tracker: Tracker,
-        say: Callable[[str], None],
+        say: Callable[..., None],
         origin: Mapping[str, str],
     ) -> None:
         self.config, self.engine, self.dataset, self.out = config, engine, dataset, out
         self.tracker, self.say, self.origin = tracker, say, origin
         self.history = {}
+        self.held_s = 0.0
+        self._writer = ThreadPoolExecutor(1, "saving")
+        self._under_way: deque[tuple[Saving, Future[None]]] = deque()
+        self._network_copies, self._state_copies, self._average_copies = HostCopies(), HostCopies(), HostCopies()
 
     def real_grid(self) -> None:
         """Save the data's images that every grid of the run is to be compared with."""
@@ -99,33 +134,38 @@ class Snapshots:
         self.tracker.log_clip("Clips/fake", path, self.engine.images_seen)
         self.say(f"clip: {path}")
 
-    def snapshot(self, stage: Stage) -> None:
-        """Save network and state; the state last, so that one that exists has its network beside it.
+    def snapshot(self, stage: Stage, *, interim: bool = False) -> None:
+        """Begin to save network and state; the state last, so that one that exists has its network beside it.
 
-        Raises:
-            UserError: the folder cannot be written, or the disk is full.
+        Args:
+            stage: of the last step.
+            interim: save the state alone, to be deleted when there is a newer one.
         """
+        began = time.perf_counter()
         seen = self.engine.images_seen
-        network_path = self.out / network_file(seen)
-        network, beside = self.engine.recipe.export(stage)
-        if not self.config.snapshot_with_d:
-            beside = {}
-        with self._cannot_save():
-            save_network(network_path, network, beside=beside, metadata=self._about())
-            path = self._save_state()
+        path = None if interim else self.out / network_file(seen)
+        save = self._saving_of_now(interim)
+        content = None if interim else self._network(stage)
+
+        def write() -> None:
+            if path is not None and content is not None:
+                self._network_copies.wait()
+                write_network(path, content)
+            self._state_copies.wait()
+            save()
             prune_states(self.out, self.config.keep_states)
-        if self.config.tracker_artifacts:
-            self.tracker.log_artifact(network_path, ["latest"])
-        self.say(f"saved: {path}, {network_path.name}")
+
+        told = f"{self.out / state_folder(seen)}" + ("" if path is None else f", {path.name}")
+        self._begin(
+            Saving(seen, told, path, time.perf_counter() - began), write, self._network_copies, self._state_copies
+        )
 
     def averages(self, stage: Stage) -> None:
-        """Save the power-function averages of now, if any are kept, for `stylepipe ema`; those there already stay.
+        """Begin to save the power-function averages of now, if any are kept, for `stylepipe ema`.
 
-        They are of the whole network, however far it has grown: averages add up then.
-
-        Raises:
-            UserError: as for `snapshot`.
+        Those there already stay. They are of the whole network, however far it has grown: averages add up then.
         """
+        began = time.perf_counter()
         seen = self.engine.images_seen
         path = averages_file(self.out, seen)
         if not self.engine.power_averages or path.exists():
@@ -136,9 +176,40 @@ class Snapshots:
         grown = {"resolution": str(stage.resolution), "alpha": str(stage.alpha)}
         length = {"sigma_rel": first.name, "ema_start": str(first.start)}
         beside = {other.name: other.average for other in others}
-        with self._cannot_save():
+        content = content_of(first.average, beside=beside, metadata=self._about() | grown | length)
+        copied = Content(self._average_copies.take(content.tensors), content.header)
+
+        def write() -> None:
+            self._average_copies.wait()
             path.parent.mkdir(exist_ok=True)
-            save_network(path, first.average, beside=beside, metadata=self._about() | grown | length)
+            write_network(path, copied)
+
+        self._begin(Saving(seen, None, None, time.perf_counter() - began), write, self._average_copies)
+
+    def settle(self, *, wait: bool) -> tuple[list[Saving], str | None]:
+        """Return what has been written since the last time, and why something could not be, if so.
+
+        Args:
+            wait: until all that was begun has been written, or has failed.
+        """
+        written, failure = [], None
+        while self._under_way and (wait or self._under_way[0][1].done()):
+            saving, future = self._under_way.popleft()
+            try:
+                future.result()
+            except (OSError, SafetensorError, UserError) as error:  # the last: a network that cannot be written
+                failure = str(error)
+                continue
+            written.append(saving)
+            if saving.told is not None:
+                self.say(f"saved: {saving.told}", saving.images_seen)
+            if saving.network is not None and self.config.tracker_artifacts:
+                self.tracker.log_artifact(saving.network, ["latest"])
+        return written, failure
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._writer.shutdown()
 
     def set_aside(self) -> tuple[str, Path | None]:
         """Keep a diverged training's state and logs, and set aside what was saved since the last healthy state.
@@ -151,7 +222,9 @@ class Snapshots:
         healthy = newest_healthy_state(self.out)
         set_aside_later(self.out, healthy)
         try:
-            kept = self._save_state(DIVERGED)
+            save = self._saving_of_now()
+            self._state_copies.wait()
+            kept = save(kind=DIVERGED)
             for name in (LOG_FILE, STATS_FILE):
                 shutil.copy(self.out / name, kept)
         except (OSError, SafetensorError) as error:
@@ -162,10 +235,12 @@ class Snapshots:
         """Have a state that is there say how the run fares now.
 
         Raises:
-            UserError: as for `snapshot`.
+            UserError: the folder cannot be written, or the disk is full.
         """
-        with self._cannot_save():
+        try:
             amend_state(path, {**self.history, "healthy": True})
+        except OSError as error:
+            raise UserError(f"cannot save to {self.out}: {error}; make room, then start the same command") from error
 
     def _about(self) -> dict[str, str]:
         """Return what network files say of the run and the moment."""
@@ -175,27 +250,31 @@ class Snapshots:
             metadata["classes"] = json.dumps(self.dataset.classes)
         return {**self.origin, **metadata}
 
-    def _save_state(self, kind: str = "state") -> Path:
+    def _begin(self, saving: Saving, write: Callable[[], None], *read: HostCopies) -> None:
+        self.held_s += saving.held_s
+        future = self._writer.submit(write)
+        self._under_way.append((saving, future))
+        for copies in read:
+            copies.reader = future
+
+    def _network(self, stage: Stage) -> Content:
+        """Return a copy of the network file of now."""
+        network, beside = self.engine.recipe.export(stage)
+        content = content_of(network, beside=beside if self.config.snapshot_with_d else {}, metadata=self._about())
+        return Content(self._network_copies.take(content.tensors), content.header)
+
+    def _saving_of_now(self, interim: bool = False) -> Callable[..., Path]:
+        """Copy the state of now; return what writes it."""
         engine = self.engine
-        return save_state(self.out, engine.images_seen, engine.state(), engine.layout(), self._info(), kind)
-
-    @contextmanager
-    def _cannot_save(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError, UserError) as error:  # the last: a network that cannot be written
-            raise UserError(
-                f"cannot save to {self.out}: {error}; nothing half-written is left, and older states are still "
-                f"there; make room, then start the same command with this --out to go on from the newest"
-            ) from error
-
-    def _info(self) -> dict[str, Any]:
-        return {
+        info = {
             **self.history,
-            "healthy": self.engine.is_healthy(),
+            "interim": interim,
+            "healthy": engine.is_healthy(),
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
             "data": self.dataset.facts,
             "config": config_mapping(self.config),
             "origin": self.origin,
         }
+        copies = self._state_copies.take(engine.state())
+        return partial(save_state, self.out, engine.images_seen, copies, engine.layout(), info)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.run_files import CONFIG_FILE
+from stylepipe.training import activity
 from stylepipe.training.alarms import Alarms, divergence_in
 from stylepipe.training.checkpoint import (
     State,
@@ -29,15 +30,17 @@ from stylepipe.training.checkpoint import (
     clear_remains,
     load_state,
     newest_healthy_state,
+    newest_state,
+    set_aside_damaged,
 )
 from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
 from stylepipe.training.engine import Engine
 from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
-from stylepipe.training.launched import launcher_process
-from stylepipe.training.measuring import MeasuringStoppedError, RunMetrics
-from stylepipe.training.memory import peak_memory_gib
+from stylepipe.training.launched import command_again, launcher_process
+from stylepipe.training.measuring import RunMetrics
+from stylepipe.training.memory import is_out_of_memory, peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.power_ema import remove_later_averages
 from stylepipe.training.progress import Progress, RunLog
@@ -45,11 +48,10 @@ from stylepipe.training.settings import changes_since, check_growth, config_mapp
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import Tracker
 from stylepipe.training.watch import DiversityWatch
+from stylepipe.training.watchdog import Watchdog
 from stylepipe.version import code_version
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PROJECT = "stylepipe"
 ROLLBACK_FACTOR = 2.0  # of penalties, each time
@@ -67,7 +69,7 @@ class Trainer:
         dataset: of the run's resolution.
         accelerator: device and processes.
         out: folder of the run, there already.
-        state: where to go on from, or None to start anew.
+        state: where to go on from, or None to start anew; its tensors are needed on the main process only.
         origin: what network files shall say of where a run that starts anew comes from, such as `derived_from`; one
             that goes on says what it said before.
         evaluation: what measures the averaged network, or None.
@@ -105,7 +107,9 @@ class Trainer:
         if state is not None:
             check_fits(state, self.engine.layout())
             check_growth(state, config)
-            self.engine.load_state(state.tensors, state.images_seen)
+            if self.is_main:
+                self.engine.load_state(state.tensors, state.images_seen)
+            self.engine.share_state()
             resumed = state.images_seen
             origin = state.info.get("origin", {})
             if state.path.resolve().parent == out.resolve():  # a branch of a run is a run of its own
@@ -125,6 +129,9 @@ class Trainer:
         self._last = self.stage
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
+        self._saved_at = self.first_image  # up to here there is nothing that is not saved, or is on its way
+        self._unsaved = False  # what was last to be saved could not be
+        self._stats: dict[str, float] = {}  # of the last tick
         self._data = _nothing()
         self._waited = 0.0  # seconds for the latest batch that was late
         self._bad: set[str] = set()  # what has been told of images that cannot be read
@@ -135,6 +142,8 @@ class Trainer:
                 path.write_text(yaml.safe_dump(settings, sort_keys=False))
             clear_remains(out)
             own = state is not None and state.path.resolve().parent == out.resolve()
+            if state is not None and own:
+                set_aside_damaged(out, state.path)
             remove_later_averages(out, self.engine.images_seen if own else 0)
         self.log = RunLog(out, resumed) if self.is_main else None
         self.tracker = Tracker(
@@ -161,32 +170,36 @@ class Trainer:
             self.say(line)
         if self.rollbacks:
             self.say(f"rolled back {self.rollbacks} times so far: {self._penalties}")
-        with Interrupt(self.accelerator.device, launcher_process()) as interrupt:
+        stall_s = self.config.stall_minutes * 60
+        with Interrupt(launcher_process(), self.config.max_hours) as interrupt, Watchdog(stall_s):
             self._interrupt = interrupt
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
-                self._on_main(partial(self.snapshots.grid, self._last))
+                self._show(self.snapshots.grid)
             if self.config.on_divergence == "rollback":
-                self._see_to_a_healthy_state()
-            self._on_main(partial(self.snapshots.averages, self._last))  # a full disk, or another folder, may lack them
+                self._on_main(self._see_to_a_healthy_state)
+            if self.is_main:
+                self.snapshots.averages(self._last)  # a full disk, or another folder, may lack them
             self._make_up_for_measuring()
             self._open_data()
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
-            interrupted = False
-            while not (interrupted or self.finished):
-                if _data_of(self.stage) != _data_of(self._last):
+            failure = None
+            while not self.finished:
+                stage = self.stage
+                if _data_of(stage) != _data_of(self._last):
                     self.say(self._stage_line())
-                    self._or_save(partial(on_every_process, self.accelerator, self._open_data))
-                self._last = self.stage
-                try:
-                    batch = self._next_batch()
-                except _StoppedWaitingError:
+                    failure = failure or _failure(self._open_data)
+                batch, late = self._next_batch() if failure is None else (None, failure)
+                if interrupt.agreed(failed=batch is None):
+                    failure = late
                     break
-                self.engine.step(batch)
+                assert batch is not None
+                self._step(batch)
+                self._last = stage
                 self.progress.update(self.engine.images_seen)
-                interrupted = interrupt.agreed()
-                self._keep_up(interrupted)
-                self._keep_averages(interrupted)
+                self._keep_up()
+            self._save_the_end()
+            on_every_process(self.accelerator, _stop_for, failure)
         self.say(self._closing(interrupt))
         return interrupt
 
@@ -203,6 +216,7 @@ class Trainer:
     def close(self) -> None:
         """Let go of data, terminal, tracker and log."""
         self._data.close()
+        self.snapshots.close()
         self.progress.close()
         self.tracker.finish()
         if self.log is not None:
@@ -228,8 +242,15 @@ class Trainer:
             waiting=self._while_waiting,
         )
 
-    def _next_batch(self) -> Batch:
-        batch = self._or_save(partial(next, self._data))
+    def _next_batch(self) -> tuple[Batch | None, UserError | None]:
+        """Return the next batch; none where the data cannot be read, with the reason, or on a request to stop."""
+        try:
+            with activity.during("reading data", "unlimited" if self.dataset.waits else "working"):
+                batch = next(self._data)
+        except _StoppedWaitingError:
+            return None, None
+        except UserError as error:
+            return None, error
         if self.config.on_bad == "skip":
             self.engine.record.stat(
                 "Data/replaced", torch.full((), len(batch.bad) / len(batch.images), device=self.accelerator.device)
@@ -239,55 +260,141 @@ class Trainer:
                 if not self.is_main:
                     logger.warning("another image stands in: %s", text)
             self._bad.update(batch.bad)
-        return batch
+        return batch, None
 
-    def _or_save(self, read: Callable[[], T]) -> T:
-        """Return what is read of the data; if that fails, one process alone saves what it has learnt before it ends.
+    def _step(self, batch: Batch) -> None:
+        """Take a step.
 
-        Of several processes the others know nothing of it and cannot agree to save; they end with the last state.
+        Raises:
+            UserError: there is too little memory for it; what was learnt before is saved where that can still be done.
         """
         try:
-            return read()
-        except (UserError, _StoppedWaitingError):
-            if self.accelerator.num_processes == 1 and self.engine.images_seen > self.first_image:
-                self.snapshots.snapshot(self._last)
-                self.snapshots.averages(self._last)
-            raise
+            self.engine.step(batch)
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Behind the handler, which keeps alive all that the step has allocated.
+        saved = ""
+        if self.is_main and self.engine.whole and self.engine.images_seen != self._saved_at:
+            self._note_history()
+            self.snapshots.snapshot(self._last)
+            self._finish_saving()
+            saved = f", all up to {self.engine.images_seen / 1000:g} kimg is saved"
+        raise UserError(
+            f"--batch-gpu {self.stage.batch_gpu}: out of memory on {self.accelerator.device}{saved}; start the same "
+            f"command with --out {self.out} and half of it, or with --batch-gpu auto"
+        )
 
     def _while_waiting(self, seconds: float) -> None:
-        """Say so when the data is late. A process alone is ready to stop then; several have to agree after a step."""
+        """Say so when the data is late, and leave off for a request to stop."""
         if seconds >= WAITING_TOLD_S > self._waited:
             self.say(f"waiting for data since {seconds:.0f} s, at {self.engine.images_seen / 1000:g} kimg")
         self._waited = seconds
-        if self._interrupt.cause is not None and self.accelerator.num_processes == 1:
+        if self._interrupt.asked:
             raise _StoppedWaitingError
 
-    def _keep_up(self, interrupted: bool) -> None:
-        """Do what is due after a step."""
-        measure = self._measures_now() and not interrupted
-        snapshot = interrupted or measure or self.finished or self._due(self.config.snapshot_kimg)
-        grid = self.finished or self._due(self.config.grid_kimg)
-        clip = self.finished or self._due(self.config.clip_kimg)
-        diversity = self._due(self.config.diversity_kimg)
-        if not (snapshot or grid or clip or diversity or self._due(self.config.tick_kimg)):
+    def _keep_up(self, stopping: bool = False) -> None:
+        """Do what is due after a step, or before the training stops short of its end."""
+        if self.is_main:
+            self._see_to_saving(wait=False)
+        ends_level = self.stage.resolution != self._last.resolution
+        measure = not stopping and self._measures_now()
+        network = stopping or measure or self.finished or ends_level or self._due(self.config.snapshot_kimg)
+        state = network or self._due(self.config.state_kimg)
+        grid = not stopping and (self.finished or self._due(self.config.grid_kimg))
+        clip = not stopping and (self.finished or self._due(self.config.clip_kimg))
+        diversity = not stopping and self._due(self.config.diversity_kimg)
+        if state or grid or clip or diversity or self._due(self.config.tick_kimg):
+            if self.engine.images_seen > self._tick_images:
+                self._stats = self._tick(diversity)
+            divergence = divergence_in(self._stats, self.config.divergence_updates)
+            if grid:
+                self._show(self.snapshots.grid)
+            if clip:
+                self._show(self.snapshots.clip)
+            if divergence:
+                self._recover(divergence)
+            elif state:
+                self._save(interim=not network)
+            elif self.is_main and self._unsaved:
+                self.snapshots.snapshot(self._last)
+            if measure and not divergence:
+                if self.is_main:
+                    self._see_to_saving(wait=True)  # what took so long to learn is safe before
+                self.metrics.measure(self._last, self.engine.images_seen, lambda: self._interrupt.asked)
+            self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+        if self.is_main and self._due(filled(self.config.ema.posthoc_kimg)):
+            self.snapshots.averages(self._last)
+
+    def _save(self, *, interim: bool) -> None:
+        """Begin to save state and, but for an interim one, network."""
+        if not divergence_in(self._stats, 1):
+            self._rollbacks_in_a_row = 0
+        self._note_history()
+        self._saved_at = self.engine.images_seen
+        if self.is_main:
+            self._see_to_saving(wait=True)  # of the last time; a slow disk holds up the training here
+            self.snapshots.snapshot(self._last, interim=interim)
+
+    def _see_to_saving(self, *, wait: bool) -> None:
+        """Look what has become of what was begun to be saved; try again what could not be."""
+        written, failure = self.snapshots.settle(wait=wait)
+        if any(saving.told is not None for saving in written):
+            self._unsaved = False
+            self._thin_networks()
+        if failure is None:
             return
-        stats = self._tick(diversity)
-        divergence = divergence_in(stats, self.config.divergence_updates)
-        if grid:
-            self._on_main(partial(self.snapshots.grid, self._last))
-        if clip and not interrupted:
-            self._on_main(partial(self.snapshots.clip, self._last))
-        if divergence:
-            self._recover(divergence)
-        elif snapshot:
-            if not divergence_in(stats, 1):
-                self._rollbacks_in_a_row = 0
-            self._note_history()
-            self._on_main(partial(self.snapshots.snapshot, self._last))
-            if measure:  # what took so long to learn is saved before
-                self.metrics.measure(self._last, self.engine.images_seen, self._while_measuring)
-            self._on_main(partial(self.metrics.thin_networks, self.engine.images_seen))
-        self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
+        told = f"cannot save to {self.out}: {failure}; older states are still there; make room, it is tried again"
+        if self._unsaved:
+            self.say(told)
+        else:
+            self._raise_alarms({"saving": told})
+        self._unsaved = True
+
+    def _thin_networks(self) -> None:
+        try:
+            self.metrics.thin_networks(self.engine.images_seen)
+        except OSError as error:
+            self.say(f"older networks could not be deleted: {error}")
+
+    def _finish_saving(self) -> None:
+        """Wait for all that was begun to be saved.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full.
+        """
+        _, failure = self.snapshots.settle(wait=True)
+        if failure is not None:
+            older = "older states are still there; make room, then start the same command with this --out to go on"
+            none = "no state was saved before; make room, then start anew in another --out"
+            way_on = none if newest_state(self.out) is None else older
+            raise UserError(f"cannot save to {self.out}: {failure}; nothing half-written is left, and {way_on}")
+        self._thin_networks()
+
+    def _save_the_end(self) -> None:
+        """Save where the training ends or stops, on every process.
+
+        Raises:
+            UserError: as for `_finish_saving`.
+        """
+        if self.engine.images_seen != self._saved_at:
+            self._keep_up(stopping=True)
+        if self.is_main:
+            self._see_to_saving(wait=True)
+            if self._unsaved:
+                self.snapshots.snapshot(self._last)
+            self.snapshots.averages(self._last)
+        self._on_main(self._finish_saving)
+
+    def _show(self, save: Callable[[Stage], None]) -> None:
+        """Save pictures, on the main process; a full disk is no reason to end the training."""
+        if not self.is_main:
+            return
+        try:
+            save(self._last)
+        except OSError as error:
+            self._raise_alarms({"pictures": f"cannot save to {self.out}: {error}"})
 
     def _measures_now(self) -> bool:
         """Tell whether the network of now is to be measured."""
@@ -301,22 +408,8 @@ class Trainer:
         within = self.recipe.schedule.at(seen - 1)  # the last step of before
         self._last = self.recipe.schedule.at(max(0, seen - within.batch_size))
         if self._measures_now() and self.metrics.misses(seen):
-            self.metrics.measure(self._last, seen, self._while_measuring)
+            self.metrics.measure(self._last, seen, lambda: self._interrupt.asked)
         self._last = self.stage
-
-    def _while_measuring(self) -> None:
-        """Leave off for a request to stop. A process alone does so at once; several have to agree after a step."""
-        if self._interrupt.cause is not None and self.accelerator.num_processes == 1:
-            raise MeasuringStoppedError
-
-    def _keep_averages(self, interrupted: bool) -> None:
-        """Save the power-function averages when they are due, after the state: on a full disk it matters more."""
-        if not self.engine.power_averages:
-            return
-        if interrupted or self.finished or self._due(filled(self.config.ema.posthoc_kimg)):
-            began = time.perf_counter()
-            self._on_main(partial(self.snapshots.averages, self._last))
-            self._tick_start += time.perf_counter() - began  # no step took it
 
     def _recover(self, divergence: str) -> None:
         """Roll back to the last healthy state, or stop; either way a state is kept of what happened.
@@ -324,6 +417,8 @@ class Trainer:
         Raises:
             UserError: the training stops here.
         """
+        if self.is_main:
+            self._see_to_saving(wait=True)
         kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
         self._on_main(self.metrics.follow_best)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
@@ -331,18 +426,24 @@ class Trainer:
         if self.config.on_divergence == "stop" or healthy is None or given_up:
             self._on_main(partial(_stop, f"{happened}; {self._way_out(healthy, given_up)}; {kept}"))
         assert healthy is not None
-        state = on_every_process(self.accelerator, load_state, healthy)
-        self.engine.load_state(state.tensors, state.images_seen)
+        alarms = on_main_process(self.accelerator, self._go_back_to, healthy)
+        self.engine.share_state()
         self.rollbacks += 1
         self._rollbacks_in_a_row += 1
         self._penalties = self.recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
-        self._alarms = Alarms(state.info.get("alarms"))
+        self._alarms = Alarms(alarms)
         self._note_history()
-        self._last = self.stage
+        self._last, self._saved_at = self.stage, self.engine.images_seen
         self._on_main(partial(self.snapshots.amend, healthy))  # before it is told: a resumed run goes on the same way
         told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; {kept}"
         self._on_main(partial(self._tell_rollback, told))
         on_every_process(self.accelerator, self._open_data)
+
+    def _go_back_to(self, path: Path) -> Mapping[str, Any] | None:
+        """Take over a state; return what it says of alarms."""
+        state = load_state(path)
+        self.engine.load_state(state.tensors, state.images_seen)
+        return state.info.get("alarms")
 
     def _tell_rollback(self, told: str) -> None:
         assert self.log is not None
@@ -370,17 +471,10 @@ class Trainer:
         return f"{way}, with {', or '.join(remedies)}"
 
     def _see_to_a_healthy_state(self) -> None:
-        """Save a state to roll back to where there is none yet, and see that every process can read it."""
-        if on_main_process(self.accelerator, newest_healthy_state, self.out) is None:
-            self._on_main(partial(self.snapshots.snapshot, self._last))
-        on_every_process(self.accelerator, self._check_readable)
-
-    def _check_readable(self) -> None:
+        """Save a state to roll back to where there is none yet."""
         if newest_healthy_state(self.out) is None:
-            raise UserError(
-                f"--on-divergence rollback: not every process finds a healthy state in {self.out}; put --out on a disk "
-                f"that all machines share, or start from a state that was saved while gradients were finite"
-            )
+            self.snapshots.snapshot(self._last)
+            self._finish_saving()
 
     def _due(self, kimg: float) -> bool:
         """Tell whether the last step crossed a multiple of `kimg`."""
@@ -401,6 +495,7 @@ class Trainer:
             "Progress/step": self._last.step + 1,
             **self._growth(),
             "Timing/sec_per_kimg": seconds / images * 1000,
+            "Timing/saving_sec": self.snapshots.held_s,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
         if diversity:
@@ -495,15 +590,15 @@ class Trainer:
         seen = self.engine.images_seen
         if interrupt.cause is not None and seen < self.total_images:
             return (
-                f"stopped at {seen / 1000:g} kimg ({interrupt.cause}); start the same command with "
-                f"--out {self.out} to go on from there"
+                f"stopped at {seen / 1000:g} kimg ({interrupt.cause}), and saved; to go on from there: "
+                f"{command_again(self.out)}"
             )
         return f"done: {seen / 1000:g} kimg in {self.out}"
 
-    def say(self, line: str) -> None:
-        """Write a line to log.txt and the terminal, on the main process."""
+    def say(self, line: str, images_seen: int | None = None) -> None:
+        """Write a line to log.txt and the terminal, on the main process; by default it is of the last tick."""
         if self.log is not None:
-            self.log.line(line)
+            self.log.line(line, images_seen)
             self.progress.say(line)
 
 
@@ -523,6 +618,19 @@ def _nothing() -> Generator[Batch, None, None]:
 
 def _stop(message: str) -> None:
     raise UserError(message)
+
+
+def _stop_for(failure: UserError | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _failure(open_data: Callable[[], None]) -> UserError | None:
+    try:
+        open_data()
+    except UserError as error:
+        return error
+    return None
 
 
 def _data_of(stage: Stage) -> tuple[int, int]:

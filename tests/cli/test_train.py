@@ -6,85 +6,19 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from tiny_runs import ROOT, TINY, largest_difference, options, state_tensors
 
 import stylepipe
 from stylepipe.cli.main import main
 from stylepipe.datasets.drawn import draw_face
-from stylepipe.datasets.preparation import Preparation
-from stylepipe.datasets.prepare import prepare
-from stylepipe.training.checkpoint import load_state
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    *("--res", "16", "--batch-size", "8", "--tracker", "none", "--mirror", "--seed", "3"),
-    *("--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16", "--network.w-dim", "16"),
-    *("--loss.r1-interval", "4", "--tick-kimg", "0.016", "--grid-kimg", "0.064", "--snapshot-kimg", "0.064"),
-]
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs") / "faces"
-    folder.mkdir()
-    for index in range(24):
-        draw_face(index, 32).save(folder / f"{index:02d}.png")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shards(photographs, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("prepared") / "faces16"
-    prepare(photographs, out, Preparation(16), workers=1, progress=False)
-    return out
-
-
-def options(shards: Path, out: Path, kimg: float, *more: str) -> list[str]:
-    return ["train", "--data", str(shards), "--out", str(out), "--kimg", str(kimg), *TINY, *more]
-
-
-def start(arguments: list[str], **keywords) -> subprocess.Popen:
-    """Start `launch/train.py` as its own process, as a user would."""
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **keywords)
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    for _ in range(2400):
-        if path.exists():
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never came")
-
-
-def state_tensors(out: Path, kimg: str) -> dict[str, torch.Tensor]:
-    return load_file(out / f"state-{kimg}" / "state.safetensors")
-
-
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
-@pytest.fixture(scope="session")
-def finished(shards, tmp_path_factory) -> Path:
-    """A run of 0.128 kimg, never interrupted."""
-    out = tmp_path_factory.mktemp("runs") / "straight"
-    assert main(options(shards, out, 0.128)) == 0
-    return out
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -146,81 +80,6 @@ def test_its_config_file_reproduces_it(finished, tmp_path):
 def test_decoding_in_workers_changes_nothing(finished, shards, tmp_path):
     assert main(options(shards, tmp_path / "run", 0.064, "--workers", "2")) == 0
     assert largest_difference(state_tensors(tmp_path / "run", "000000.064"), state_tensors(finished, "000000.064")) == 0
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_bit(finished, shards, tmp_path):
-    out = tmp_path / "killed"
-    process = start(options(shards, out, 0.128))
-    wait_for(out / "state-000000.064", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (out / "state-000000.128").exists()
-    process = start(options(shards, out, 0.128))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "going on from 0.064" in output
-    assert largest_difference(state_tensors(out, "000000.128"), state_tensors(finished, "000000.128")) == 0
-    lines = [json.loads(line)["images_seen"] for line in (out / "stats.jsonl").read_text().splitlines()]
-    assert lines == list(range(16, 129, 16))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_tells_how_to_go_on(shards, tmp_path, number, code):
-    out = tmp_path / "stopped"
-    process = start(options(shards, out, 1000, "--snapshot-kimg", "1000"))
-    wait_for(out / "stats.jsonl", process)
-    time.sleep(1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    assert "Traceback" not in output
-    assert f"--out {out} to go on" in output
-    (state,) = out.glob("state-*")
-    assert (out / state.name.replace("state", "network")).with_suffix(state.suffix + ".safetensors").exists()
-
-
-@pytest.mark.slow
-def test_a_run_whose_launcher_is_killed_saves_and_ends(shards, tmp_path):
-    out = tmp_path / "orphan"
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
-    command += [str(ROOT / "launch" / "train.py"), *options(shards, out, 1000, "--snapshot-kimg", "1000")[1:]]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
-        wait_for(out / "stats.jsonl", launcher)
-        time.sleep(1)
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
-        output = launcher.stdout.read()  # ends when the orphan does
-    assert "the launcher has died" in output
-    assert len(list(out.glob("state-*"))) == len(list(out.glob("network-*"))) == 1
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_whole_states_only(shards, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small disk")
-    try:
-        process = start(options(shards, disk / "run", 10, "--keep-states", "0"))
-        output, _ = process.communicate(timeout=300)
-        left = sorted(path.name for path in (disk / "run").iterdir())
-        states = [name for name in left if name.startswith("state-")]
-        for name in states:
-            load_state(disk / "run" / name)
-        for name in left:
-            if name.startswith("network-"):
-                stylepipe.load_network(disk / "run" / name)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    assert process.returncode == 2, output
-    assert "Traceback" not in output
-    assert "make room" in output or "see to the disk" in output
-    assert len(states) >= 1
-    assert not [name for name in left if name.endswith(".tmp")]
 
 
 @pytest.mark.slow
@@ -315,17 +174,6 @@ def test_a_state_of_other_networks_is_refused(finished, shards, tmp_path, capsys
         arguments = options(tmp_path / "absent", tmp_path / "out", 0.128, "--resume", state, *more)
         assert main(arguments) == 2
         assert named.format(state=state) in capsys.readouterr().err
-
-
-def test_a_truncated_state_is_refused(finished, shards, tmp_path, capsys):
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    with open(out / "state-000000.128" / "state.safetensors", "r+b") as file:
-        file.truncate(5000)
-    assert main(options(shards, out, 0.256)) == 2
-    assert "truncated or damaged" in capsys.readouterr().err
-    shutil.rmtree(out / "state-000000.128")  # the remedy that the message gives
-    assert main(options(shards, out, 0.064)) == 0
 
 
 def test_a_diverged_run_leaves_its_healthy_state_alone(shards, tmp_path, capsys):

@@ -2,13 +2,24 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from stylepipe.errors import UserError
 from stylepipe.run_files import kimg_name
-from stylepipe.training.checkpoint import check_fits, load_state, newest_state, prune_states, save_state
+from stylepipe.training.checkpoint import (
+    check_fits,
+    load_state,
+    newest_state,
+    newest_whole_state,
+    prune_states,
+    save_state,
+    set_aside_damaged,
+)
+from stylepipe.training.host_copies import HostCopies
 
 TENSORS = {"G.params": torch.arange(1000.0), "step": torch.tensor(3)}
 LAYOUT = {"G": {"conv.weight": [10, 10], "conv.bias": [10]}}
@@ -108,3 +119,75 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2000)
     assert [path.name for path in tmp_path.iterdir()] == ["state-000001.000"]
+
+
+def test_states_between_snapshots_give_way_to_newer_ones(tmp_path):
+    def kept():
+        return sorted(int(path.name[6:12]) for path in tmp_path.glob("state-*"))
+
+    for kimg, interim, left in [
+        (10, True, [10]),
+        (20, True, [20]),
+        (30, False, [30]),
+        (40, True, [30, 40]),
+        (50, True, [30, 50]),
+        (60, False, [30, 60]),
+        (90, False, [60, 90]),
+        (100, True, [60, 90, 100]),
+    ]:
+        save_state(tmp_path, kimg * 1000, TENSORS, LAYOUT, {"interim": interim})
+        prune_states(tmp_path, keep=2)
+        assert kept() == left
+    # The newest healthy one stays, however old: it is what a divergence goes back to.
+    for kimg in (110, 120, 130):
+        save_state(tmp_path, kimg * 1000, TENSORS, LAYOUT, {"interim": True, "healthy": False})
+        prune_states(tmp_path, keep=2)
+        assert kept() == [60, 90, 100, kimg]
+
+
+def test_damaged_states_are_passed_over_and_set_aside(tmp_path):
+    paths = [save(tmp_path, kimg * 1000) for kimg in (10, 20, 30)]
+    (paths[1] / "state.json").write_text("[" * 100_000)
+    (paths[2] / "state.safetensors").unlink()
+    state, wrong = newest_whole_state(tmp_path)
+    assert state.path == paths[0]
+    assert [str(error).partition(":")[0] for error in wrong] == [str(paths[2]), str(paths[1])]
+    set_aside_damaged(tmp_path, state.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-000020.000",
+        "damaged-000030.000",
+        "state-000010.000",
+    ]
+    assert newest_whole_state(tmp_path)[1] == []
+
+
+def test_a_state_of_a_newer_format_is_not_passed_over(tmp_path):
+    save(tmp_path, 10_000)
+    path = save(tmp_path, 20_000)
+    description = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(description | {"format_version": 99}))
+    with pytest.raises(UserError, match="state of format 99, but this stylepipe reads up to 1; upgrade it"):
+        newest_whole_state(tmp_path)
+    (path / "state.json").write_text(json.dumps(description | {"format_version": 0}))
+    with pytest.raises(UserError, match="format 0"):
+        newest_whole_state(tmp_path)
+
+
+def test_copies_are_of_the_moment_and_are_not_taken_while_the_last_are_read():
+    copies, pool, gate = HostCopies(), ThreadPoolExecutor(1), threading.Event()
+    weights = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    expected = weights.clone()
+    taken = copies.take({"a": weights, "step": torch.tensor(3)})
+    weights.zero_()
+    assert torch.equal(taken["a"], expected)
+    assert taken["a"].is_contiguous()
+    room = taken["a"].data_ptr()
+    copies.reader = pool.submit(lambda: (gate.wait(60), taken["a"].clone())[1])
+    threading.Timer(0.2, gate.set).start()
+    again = copies.take({"a": weights})
+    assert copies.reader.done()
+    assert torch.equal(copies.reader.result(), expected)
+    assert torch.equal(again["a"], weights)
+    assert again["a"].data_ptr() == room, "the same room again"
+    assert copies.take({"a": torch.ones(5)})["a"].shape == (5,)
+    pool.shutdown()

@@ -1,9 +1,4 @@
-"""Arena, moving average, schedule and stop requests, each alone."""
-
-import os
-import signal
-import subprocess
-import sys
+"""Arena, moving average and schedule, each alone."""
 
 import pytest
 import torch
@@ -12,10 +7,7 @@ from torch import nn
 from stylepipe.training.arena import Arena, mark_trained, trained_parameters
 from stylepipe.training.ema import EMA, ema_decay
 from stylepipe.training.growth import FixedResolution
-from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.trainer import last_image
-
-CPU = torch.device("cpu")
 
 
 def test_parameters_and_gradients_are_views_of_the_arena():
@@ -102,67 +94,3 @@ def test_training_ends_with_the_batch_that_reaches_its_length(first, kimg, batch
 def test_a_fixed_resolution_counts_steps():
     stage = FixedResolution(64, 32, 8).at(320)
     assert (stage.resolution, stage.alpha, stage.batch_size, stage.step) == (64, 1.0, 32, 10)
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "cause"),
-    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")],
-)
-def test_a_signal_is_noted_and_obeyed_after_the_step(number, code, cause):
-    before = signal.signal(number, signal.default_int_handler)  # whatever the shell that runs the tests ignores
-    try:
-        with Interrupt(CPU) as interrupt:
-            assert not interrupt.agreed()
-            os.kill(os.getpid(), number)
-            assert interrupt.agreed()
-            os.kill(os.getpid(), number)  # launchers repeat themselves
-        assert (interrupt.exit_code, interrupt.cause) == (code, cause)
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)
-
-
-def test_a_hangup_that_the_shell_ignores_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with Interrupt(CPU) as interrupt:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not interrupt.agreed()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_the_third_ctrl_c_quits():
-    with Interrupt(CPU):
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-ORPHAN = """
-import os, sys, time, torch
-from stylepipe.training.interrupt import Interrupt
-from stylepipe.training.trainer import last_image
-with Interrupt(torch.device("cpu"), parent=int(sys.argv[2]) or None) as interrupt:
-    print(interrupt.agreed(), flush=True)
-    for _ in range(40):
-        if interrupt.agreed():
-            break
-        time.sleep(0.05)
-    open(sys.argv[1], "w").write(str(interrupt.cause))
-"""
-
-
-@pytest.mark.parametrize(("watched", "cause"), [(True, "the launcher has died"), (False, "None")])
-def test_the_death_of_a_launcher_is_noticed_and_that_of_a_shell_is_not(tmp_path, watched, cause):
-    parent = "str(os.getpid())" if watched else "'0'"
-    launcher = (
-        f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {ORPHAN!r}, '{tmp_path}/cause', {parent}])"
-    )
-    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "False\n"
-        process.kill()
-        process.wait()
-        process.stdout.read()  # ends when the orphan does
-    assert (tmp_path / "cause").read_text() == cause

@@ -104,3 +104,39 @@ def test_resuming_without_old_files_starts_them(tmp_path: Path) -> None:
     log.line("resumed")
     log.close()
     assert (tmp_path / "log.txt").read_text() == "     2.000 | resumed\n"
+
+
+class FullDisk:
+    """A file that takes a number of bytes, and then none until there is room again."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.content = room, b""
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = data[: self.room]
+        self.room -= len(taken)
+        self.content += taken
+        return len(taken)
+
+    def close(self) -> None: ...
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log._log.close()
+    disk = log._log._file = FullDisk(30)  # type: ignore[assignment]
+    log.line("the first line")
+    assert log.failure is None
+    log.line("the second, of which half has room")
+    assert log.failure is not None
+    log.line("the third")
+    assert disk.content == b"     0.000 | the first line\n  "
+    disk.room = 1000
+    log.line("the fourth", images_seen=5000)
+    assert log.failure is None
+    told = ["the first line", "the second, of which half has room", "the third"]
+    expected = [f"     0.000 | {line}" for line in told] + ["     5.000 | the fourth"]
+    assert disk.content.decode().splitlines() == expected
+    log.close()

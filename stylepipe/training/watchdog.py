@@ -1,0 +1,165 @@
+"""Seeing that no process waits for ever for one that does not get on: a thread in each tells what it is at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from stylepipe.training import activity
+from stylepipe.training.activity import Activity
+
+MAX_PERIOD_S = 5.0
+EXIT_STALLED = 1
+
+_WAY_ON = "start the same command to go on from the newest state (--stall-minutes says how long a process may take)"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process says of itself.
+
+    Attributes:
+        count: one higher each time.
+        host: name of its machine.
+        what, kind: as in `Activity`.
+        age_s: how long it has been at that without getting on.
+    """
+
+    count: int
+    host: str
+    what: str
+    kind: activity.Kind
+    age_s: float
+
+
+class Watchdog:
+    """Within this context, a process that has not got on for too long ends, and says which one it is that holds all up.
+
+    Devices that wait for one another raise no error, and a machine that is cut off answers nothing: without this, all
+    others would wait for ever. One process alone is left alone.
+
+    Args:
+        limit_s: how long a process may be at one thing; 0 for no limit. What is of unlimited length, such as preparing
+            data, only has to be alive.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Watchdog:
+        if dist.is_initialized() and dist.get_world_size() > 1 and self._limit_s > 0:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        period = min(MAX_PERIOD_S, self._limit_s / 10)
+        board = _Board(period)
+        woken = began = time.monotonic()  # what was before, while all processes were started, is not looked at
+        heard: dict[int, tuple[int, float]] = {}
+        while not self._stop.wait(period):
+            now = time.monotonic()
+            if now - woken > MAX_PERIOD_S + 3 * period:  # this process itself, or its machine, was halted
+                began, heard = now, {}
+            woken = now
+            mine = activity.now()
+            age = now - max(mine.since, began)
+            board.put(mine, age)
+            if age < self._limit_s / 2 or mine.kind == "unlimited":
+                heard = {}
+                continue
+            beats = board.read()
+            for rank in range(dist.get_world_size()):
+                count = beats[rank].count if rank in beats else 0
+                if rank not in heard or heard[rank][0] != count:
+                    heard[rank] = (count, now)
+            silent = {rank: now - when for rank, (_, when) in heard.items() if now - when >= self._limit_s / 4}
+            if age >= self._limit_s:
+                told = verdict(mine, age, dist.get_rank(), beats, silent, self._limit_s)
+                if told is not None:
+                    sys.stderr.write(f"error (process {dist.get_rank()}): {told}; {_WAY_ON}\n")
+                    os._exit(EXIT_STALLED)
+
+
+def verdict(
+    mine: Activity, age_s: float, rank: int, beats: Mapping[int, Beat], silent: Mapping[int, float], limit_s: float
+) -> str | None:
+    """Return why a process that has not got on for too long is to end, in words; None where it is to wait on.
+
+    Args:
+        mine, age_s: what it is at, and for how long.
+        rank: its number.
+        beats: what the others last said, by their numbers; empty where they cannot be heard.
+        silent: for how many seconds some of them have said nothing.
+        limit_s: how long is too long.
+    """
+    if mine.kind != "waiting":
+        return f"this process has been at {mine.what} for {age_s:.0f} s without getting on"
+    here = f"this one has been {mine.what} for {age_s:.0f} s"
+    if not beats:
+        return f"the machine of process 0 cannot be reached, and {here}"
+    told = []
+    for other, seconds in sorted(silent.items()):
+        last = f"({beats[other].host}) was at {beats[other].what} and" if other in beats else "has not begun and"
+        told.append(f"process {other} {last} has said nothing for {seconds:.0f} s")
+    loud = {other: beat for other, beat in beats.items() if other not in silent and other != rank}
+    told += [
+        f"process {other} ({beat.host}) has been at {beat.what} for {beat.age_s:.0f} s without getting on"
+        for other, beat in sorted(loud.items())
+        if beat.kind == "working" and beat.age_s >= limit_s / 2
+    ]
+    if told:
+        return f"{'; '.join(told)}; {here}"
+    if any(beat.kind != "waiting" for beat in loud.values()):
+        return None
+    return f"all processes wait for one another, as when the link between their machines is lost: {here}"
+
+
+class _Board:
+    """Where processes leave what they say of themselves: the store by which they found one another."""
+
+    def __init__(self, timeout_s: float) -> None:
+        # A connection of its own: that of the process group is held while a process waits in it.
+        self._store = _get_default_store().clone()  # type: ignore[attr-defined] # missing in torch's stubs
+        self._store.set_timeout(timedelta(seconds=max(1.0, timeout_s)))
+        self._count = 0
+
+    def put(self, mine: Activity, age_s: float) -> None:
+        self._count += 1
+        beat = Beat(self._count, socket.gethostname(), mine.what, mine.kind, age_s)
+        with contextlib.suppress(RuntimeError, ValueError):  # cannot be reached: `read` finds so, when it matters
+            self._store.set(_key(dist.get_rank()), json.dumps(asdict(beat)))
+
+    def read(self) -> dict[int, Beat]:
+        """Return what all processes have said; nothing where they cannot be heard."""
+        keys = [_key(rank) for rank in range(dist.get_world_size())]
+        try:
+            said = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
+        except (RuntimeError, ValueError):
+            return {}
+        return {rank: Beat(**json.loads(text)) for rank, text in said.items()}
+
+
+def _key(rank: int) -> str:
+    return f"stylepipe/beat/{rank}"

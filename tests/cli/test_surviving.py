@@ -1,0 +1,280 @@
+"""Runs that are stopped, killed, short of room or of memory, and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_runs import ROOT, largest_difference, options, start, state_tensors, wait_for
+
+import stylepipe
+from stylepipe.cli.main import main
+from stylepipe.presets import PRESETS
+from stylepipe.recipes.gan import GANRecipe
+from stylepipe.training import checkpoint
+from stylepipe.training.checkpoint import load_state
+
+NO_ROOM = OSError(28, "No space left on device")
+
+
+def same_end(out: Path, finished: Path, kimg: str = "000000.128") -> bool:
+    return largest_difference(state_tensors(out, kimg), state_tensors(finished, kimg)) == 0
+
+
+def lines_of(out: Path) -> list[int]:
+    return [json.loads(line)["images_seen"] for line in (out / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bit(finished, shards, tmp_path):
+    out = tmp_path / "killed"
+    process = start(options(shards, out, 0.128))
+    wait_for(out / "state-000000.064", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "state-000000.128").exists()
+    process = start(options(shards, out, 0.128))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "going on from 0.064" in output
+    assert same_end(out, finished)
+    assert lines_of(out) == list(range(16, 129, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "cause"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGUSR1, "SIGUSR1")]
+)
+def test_a_signal_saves_and_tells_the_command_that_goes_on(shards, tmp_path, number, cause):
+    out = tmp_path / "stopped"
+    process = start(options(shards, out, 1000, "--snapshot-kimg", "1000"))
+    wait_for(out / "stats.jsonl", process)
+    time.sleep(1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert f"({cause}), and saved; to go on from there: python " in output
+    assert f"--out {out}" in output.splitlines()[-1]
+    (state,) = out.glob("state-*")
+    assert (out / state.name.replace("state", "network")).with_suffix(state.suffix + ".safetensors").exists()
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):  # the time is up before the first step: nothing to save yet
+        assert main(options(shards, out, 0.128, "--max-hours", "1e-9")) == 0
+        assert "stopped at 0 kimg (--max-hours 1e-09)" in capsys.readouterr().out
+    assert not list(out.glob("state-*"))
+    assert main(options(shards, out, 0.128)) == 0
+    assert same_end(out, finished)
+    assert "max_hours" not in (out / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_is_killed_saves_and_ends(shards, tmp_path):
+    out = tmp_path / "orphan"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
+    command += [str(ROOT / "launch" / "train.py"), *options(shards, out, 1000, "--snapshot-kimg", "1000")[1:]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        wait_for(out / "stats.jsonl", launcher)
+        time.sleep(1)
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+        output = launcher.stdout.read()  # ends when the orphan does
+    assert "the launcher has died" in output
+    assert len(list(out.glob("state-*"))) == len(list(out.glob("network-*"))) == 1
+
+
+class Disk:
+    """Stands in for writing tensors to the disk, as a slow or a full one does it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._write = checkpoint.save_file
+        self.full_for = 0  # so many states
+        self.gate = threading.Event()
+        self.gate.set()
+        monkeypatch.setattr(checkpoint, "save_file", self)
+
+    def __call__(self, tensors, path) -> None:
+        assert self.gate.wait(60), "the training waits for the disk"
+        if self.full_for:
+            self.full_for -= 1
+            path.write_bytes(b"half")
+            raise NO_ROOM
+        self._write(tensors, path)
+
+
+def test_training_does_not_wait_for_the_disk(finished, shards, tmp_path, monkeypatch):
+    out, disk = tmp_path / "out", Disk(monkeypatch)
+    disk.gate.clear()
+
+    def g_main(self, batch, record):
+        if batch.stage.images_seen == 112:  # six steps after the state was begun
+            disk.gate.set()
+        return whole(self, batch, record)
+
+    whole = GANRecipe.g_main
+    monkeypatch.setattr(GANRecipe, "g_main", g_main)
+    # Measuring waits until what it measures is saved, and each thing that is saved for the last of its kind.
+    assert main(options(shards, out, 0.128, "--metrics", "none", "--ema.posthoc-kimg", "1")) == 0
+    for kimg in ("000000.064", "000000.128"):  # and what is saved is of the moment, not of when it was written
+        assert same_end(out, finished, kimg)
+        assert (out / f"network-{kimg}.safetensors").read_bytes() == (
+            finished / f"network-{kimg}.safetensors"
+        ).read_bytes()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(finished, shards, tmp_path, monkeypatch, capsys):
+    out, disk = tmp_path / "out", Disk(monkeypatch)
+    disk.full_for = 2
+    assert main(options(shards, out, 0.128)) == 0
+    log = (out / "log.txt").read_text()
+    assert log.count("ALARM saving: cannot save to") == 1
+    assert "No space left on device; older states are still there; make room, it is tried again" in log
+    assert same_end(out, finished)
+    assert sorted(path.name for path in out.glob("state-*"))[0] < "state-000000.112", "tried again with a later tick"
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_the_remedy(shards, tmp_path, monkeypatch, capsys):
+    out, disk = tmp_path / "out", Disk(monkeypatch)
+    disk.full_for = 1000
+    assert main(options(shards, out, 0.064)) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device; nothing half-written is left" in told
+    assert "no state was saved before; make room, then start anew in another --out" in told
+    assert not list(out.glob("state-*"))
+    out, disk.full_for = tmp_path / "other", 0
+    assert main(options(shards, out, 0.064)) == 0
+    disk.full_for = 1000
+    assert main(options(shards, out, 0.096)) == 2
+    assert "make room, then start the same command with this --out to go on" in capsys.readouterr().err
+    disk.full_for = 0
+    assert main(options(shards, out, 0.096)) == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_whole_states_only(shards, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        process = start(options(shards, disk / "run", 1.2, "--keep-states", "0"))
+        output, _ = process.communicate(timeout=300)
+        left = sorted(path.name for path in (disk / "run").iterdir())
+        states = [name for name in left if name.startswith("state-")]
+        for name in states:
+            load_state(disk / "run" / name)
+        for name in left:
+            if name.startswith("network-"):
+                stylepipe.load_network(disk / "run" / name)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert "ALARM saving" in output
+    assert "make room" in output
+    assert len(states) >= 1
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def damage(state: Path) -> None:
+    with open(state / "state.safetensors", "r+b") as file:
+        file.truncate(5000)
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(finished, shards, tmp_path, capsys, caplog):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    damage(out / "state-000000.128")
+    assert main(options(shards, out, 0.128)) == 0
+    assert "truncated or damaged since it was written" in caplog.text
+    assert "passed over, and kept as damaged-<kimg>" in caplog.text
+    assert "going on from 0.064 to 0.128 kimg" in capsys.readouterr().out
+    assert same_end(out, finished)
+    assert (out / "damaged-000000.128").is_dir()
+
+
+def test_where_every_state_is_damaged_nothing_begins_anew(finished, shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for state in out.glob("state-*"):
+        damage(state)
+    before = sorted(path.name for path in out.iterdir())
+    assert main(options(shards, out, 0.256)) == 2
+    assert f"{out}: none of its states is whole, start anew in another --out; {out}/state-000000.128" in (
+        capsys.readouterr().err
+    )
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_between_two_snapshots_only_the_newest_state_is_kept(finished, shards, tmp_path):
+    out = tmp_path / "out"
+    more = ("--state-kimg", "0.016", "--snapshot-kimg", "0.048")
+    assert main(options(shards, out, 0.08, *more)) == 0
+    assert sorted(path.name for path in out.glob("state-*")) == ["state-000000.048", "state-000000.080"]
+    assert main(options(shards, out, 0.128, *more)) == 0
+    kept = [f"state-000000.{kimg}" for kimg in ("080", "096", "128")]  # the end of a run is no interim state
+    assert sorted(path.name for path in out.glob("state-*")) == kept
+    assert same_end(out, finished)
+    assert "saved: " + str(out / "state-000000.112\n") in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("phase", ["g_main", "d_main"])
+def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, shards, tmp_path, monkeypatch, capsys):
+    whole, out = getattr(GANRecipe, phase), tmp_path / "out"
+
+    def short(self, batch, record):
+        if batch.stage.images_seen == 96:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        yield from whole(self, batch, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GANRecipe, phase, short)
+        assert main(options(shards, out, 0.128)) == 2
+    told = capsys.readouterr().err
+    assert "--batch-gpu 8: out of memory on cpu" in told
+    assert "half of it, or with --batch-gpu auto" in told
+    # Once G has taken the step and D has not, no state can be exact: the one before is.
+    saved = phase == "g_main"
+    assert ("all up to 0.096 kimg is saved" in told) == saved
+    assert (out / "state-000000.096").exists() == saved
+    assert main(options(shards, out, 0.128)) == 0
+    assert same_end(out, finished)
+
+
+@pytest.mark.parametrize(
+    "preset", [name if name in ("auto", "r3gan") else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
+def test_every_preset_goes_on_to_the_bit_whatever_the_process_has_drawn(preset, shards, tmp_path):
+    """No generator of torch's, NumPy's or Python's has any part in a training: there is no state of them to keep."""
+    more = ("--preset", preset, "--snapshot-kimg", "1000")
+    if preset == "transfer":  # goes on from other networks
+        assert main(options(shards, tmp_path / "first", 0.008)) == 0
+        more = ("--init", str(tmp_path / "first" / "network-000000.008.safetensors"), *more)
+
+    def disturb(seed: int) -> None:
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the one that all share
+        random.seed(seed)
+
+    disturb(1)
+    assert main(options(shards, tmp_path / "straight", 0.064, *more)) == 0
+    for kimg in (0.024, 0.04, 0.064):
+        disturb(round(kimg * 1000))
+        assert main(options(shards, tmp_path / "run", kimg, *more)) == 0
+    assert same_end(tmp_path / "run", tmp_path / "straight", "000000.064")
