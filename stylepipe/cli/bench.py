@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from stylepipe.cli.bench_data import Data, bench_data
 from stylepipe.cli.bench_ops import Ops, bench_ops
+from stylepipe.cli.bench_saving import Saving, bench_saving
+from stylepipe.cli.bench_scaling import Scaling, bench_scaling
 from stylepipe.cli.train import settle
 from stylepipe.config import Config, filled
 from stylepipe.errors import UserError
@@ -68,7 +70,14 @@ class Bytes:
     """Also write the figures to this file."""
 
 
-COMMANDS: dict[str, Callable[..., Step | Ops | Bytes | Data]] = {"step": Step, "ops": Ops, "bytes": Bytes, "data": Data}
+COMMANDS: dict[str, Callable[..., Step | Ops | Bytes | Data | Scaling | Saving]] = {
+    "step": Step,
+    "ops": Ops,
+    "bytes": Bytes,
+    "data": Data,
+    "scaling": Scaling,
+    "saving": Saving,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(options.json)
     if isinstance(options, Bytes):
         figures = bench_bytes(options)
+    elif isinstance(options, Scaling):
+        figures = bench_scaling(options)
     elif isinstance(options, Data):
         keep_freed_memory()  # as training does; on a GPU page-locked batches are kept as well
         figures = bench_data(options) | machine(torch.device("cpu"))
@@ -89,7 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.device.type == "cpu":
             keep_freed_memory()
             use_all_cores()
-        figures = bench_step(options, accelerator) if isinstance(options, Step) else bench_ops(options)
+        if isinstance(options, Step):
+            figures = bench_step(options, accelerator)
+        elif isinstance(options, Saving):
+            figures = bench_saving(options, accelerator)
+        else:
+            figures = bench_ops(options)
         figures |= machine(accelerator.device)
     if options.json is not None:
         with atomic_path(options.json) as path:

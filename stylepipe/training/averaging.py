@@ -22,7 +22,9 @@ from stylepipe.training.arena import Arena
 from stylepipe.training.distributed import share_, together
 
 BUCKET_BYTES = 25 * 2**20
-"""That fill a bucket: as in PyTorch's DistributedDataParallel."""
+"""What fills a bucket, as in PyTorch's DistributedDataParallel: beside its time, what a sum waits for costs little."""
+
+_WHAT = "the gradients of all processes"
 
 SENT_AS: Mapping[ReduceType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -91,7 +93,12 @@ class Averaging:
         # What fits one bucket is complete with the last gradient: there is nothing left to overlap with.
         self._overlap = len(parts) > 1 and (on_gpu if exchange.overlap is None else exchange.overlap)
         self._plans: dict[str, _Plan] = {}
-        self._reset()
+        self._phase: str | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._filled: list[int] = []  # the bucket of each gradient that has come
+        self._missing: dict[int, int] = {}  # gradients by bucket
+        self._waiting = deque(range(len(parts)))  # to be sent
+        self._under_way: list[tuple[Handle, Tensor, Tensor]] = []
 
     def watch(self, phase: str) -> None:
         """Send buckets as the last micro-batch of a phase fills them. Its parameters are marked as trained by now."""
@@ -111,33 +118,26 @@ class Averaging:
         for hook in self._hooks:
             hook.remove()
         assert not any(self._missing.values()), f"{self._phase}: other gradients than in its first run"
-        with together("the gradients of all processes"):
-            while self._waiting:
-                self._send(self._buckets[self._waiting.popleft()], self._sent_as)
-            beside = torch.cat([value.flatten() for value in averages.values()]) if averages else None
-            if beside is not None:
-                self._send(beside, beside.dtype)
-            for handle, sent, mean in self._under_way:
+        while self._waiting:
+            self._send(self._buckets[self._waiting.popleft()], self._sent_as)
+        beside = torch.cat([value.flatten() for value in averages.values()]) if averages else None
+        if beside is not None:
+            self._send(beside, beside.dtype)
+        for handle, sent, mean in self._under_way:
+            with together(_WHAT):
                 handle.wait()
-                if sent is mean:
-                    mean /= self._world_size
-                else:
-                    mean.copy_(sent)
+            if sent is mean:
+                mean /= self._world_size
+            else:
+                mean.copy_(sent)
         if self._phase is not None and self._phase not in self._plans:
             self._plans[self._phase] = share_([], self._plan())
-        self._reset()
+        self._phase, self._waiting = None, deque(range(len(self._buckets)))
+        self._hooks, self._filled, self._missing, self._under_way = [], [], {}, []
         if beside is None:
             return {}
         parts = beside.split([value.numel() for value in averages.values()])
         return {name: part.view_as(value) for part, (name, value) in zip(parts, averages.items(), strict=True)}
-
-    def _reset(self) -> None:
-        self._phase: str | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._filled: list[int] = []  # the bucket of each gradient that has come
-        self._missing: dict[int, int] = {}  # gradients by bucket
-        self._waiting = deque(range(len(self._buckets)))
-        self._under_way: list[tuple[Handle, Tensor, Tensor]] = []
 
     def _note(self, bucket: int, p: Tensor) -> None:
         """Take note of a gradient of `p`, and send what is complete with it."""
@@ -154,7 +154,8 @@ class Averaging:
         sent = mean
         if sent_as != mean.dtype:
             sent = torch.div(mean, self._world_size, out=torch.empty_like(mean, dtype=sent_as))
-        self._under_way.append((self._start(sent), sent, mean))
+        with together(_WHAT):
+            self._under_way.append((self._start(sent), sent, mean))
 
     def _plan(self) -> _Plan:
         """Return what this run of a phase has shown."""
@@ -165,7 +166,7 @@ class Averaging:
 
 
 def cut(windows: Sequence[slice], places: Sequence[int], size: int) -> list[slice]:
-    """Cut windows of an arena into buckets, from the end on: each ends before the parameter that fills it.
+    """Cut windows of an arena into buckets, from the end on: each begins with the parameter that fills it.
 
     Args:
         windows: what is in use.

@@ -63,14 +63,6 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def average_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, all at once."""
-    work = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-    for handle, tensor in zip(work, tensors, strict=True):
-        handle.wait()
-        tensor /= dist.get_world_size()
-
-
 @contextmanager
 def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
     """Take part in something that all processes do, named in words that fit behind "waiting for".

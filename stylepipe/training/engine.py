@@ -162,6 +162,7 @@ class Engine:
         mark_trained(used.parameters, True)
         torch._foreach_zero_(used.gradients)
         for index in range(rounds):
+            activity.get_on()
             if used.averaging is not None and index == rounds - 1:
                 used.averaging.watch(phase.name)
             micro_batch = self._micro_batch(phase, stage, images, labels, index, rounds)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,13 +54,11 @@ class Saving:
         images_seen: of what moment.
         told: its name, for people; None where it is not told.
         network: the network file among it, if any.
-        held_s: how long the training waited for it to be copied.
     """
 
     images_seen: int
     told: str | None
     network: Path | None
-    held_s: float
 
 
 class Snapshots:
@@ -80,11 +77,9 @@ class Snapshots:
 
     Attributes:
         history: what states shall say of how the run fared until now; see `stylepipe.training.trainer`.
-        held_s: for how many seconds saving has held up the training.
     """
 
     history: dict[str, Any]
-    held_s: float
 
     def __init__(
         self,
@@ -99,7 +94,6 @@ class Snapshots:
         self.config, self.engine, self.dataset, self.out = config, engine, dataset, out
         self.tracker, self.say, self.origin = tracker, say, origin
         self.history = {}
-        self.held_s = 0.0
         self._writer = ThreadPoolExecutor(1, "saving")
         self._under_way: deque[tuple[Saving, Future[None]]] = deque()
         self._network_copies, self._state_copies, self._average_copies = HostCopies(), HostCopies(), HostCopies()
@@ -141,7 +135,6 @@ class Snapshots:
             stage: of the last step.
             interim: save the state alone, to be deleted when there is a newer one.
         """
-        began = time.perf_counter()
         seen = self.engine.images_seen
         path = None if interim else self.out / network_file(seen)
         save = self._saving_of_now(interim)
@@ -156,16 +149,13 @@ class Snapshots:
             prune_states(self.out, self.config.keep_states)
 
         told = f"{self.out / state_folder(seen)}" + ("" if path is None else f", {path.name}")
-        self._begin(
-            Saving(seen, told, path, time.perf_counter() - began), write, self._network_copies, self._state_copies
-        )
+        self._begin(Saving(seen, told, path), write, self._network_copies, self._state_copies)
 
     def averages(self, stage: Stage) -> None:
         """Begin to save the power-function averages of now, if any are kept, for `stylepipe ema`.
 
         Those there already stay. They are of the whole network, however far it has grown: averages add up then.
         """
-        began = time.perf_counter()
         seen = self.engine.images_seen
         path = averages_file(self.out, seen)
         if not self.engine.power_averages or path.exists():
@@ -184,7 +174,7 @@ class Snapshots:
             path.parent.mkdir(exist_ok=True)
             write_network(path, copied)
 
-        self._begin(Saving(seen, None, None, time.perf_counter() - began), write, self._average_copies)
+        self._begin(Saving(seen, None, None), write, self._average_copies)
 
     def settle(self, *, wait: bool) -> tuple[list[Saving], str | None]:
         """Return what has been written since the last time, and why something could not be, if so.
@@ -251,7 +241,6 @@ class Snapshots:
         return {**self.origin, **metadata}
 
     def _begin(self, saving: Saving, write: Callable[[], None], *read: HostCopies) -> None:
-        self.held_s += saving.held_s
         future = self._writer.submit(write)
         self._under_way.append((saving, future))
         for copies in read:

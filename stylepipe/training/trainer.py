@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
 from stylepipe.config import Config, filled
@@ -20,17 +19,15 @@ from stylepipe.datasets.processes import available_cpus
 from stylepipe.datasets.reader import Batch
 from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path
-from stylepipe.run_files import CONFIG_FILE
 from stylepipe.training import activity
 from stylepipe.training.alarms import Alarms, divergence_in
+from stylepipe.training.averaging import Exchange
 from stylepipe.training.checkpoint import (
     State,
     check_fits,
     clear_remains,
     load_state,
     newest_healthy_state,
-    newest_state,
     set_aside_damaged,
 )
 from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
@@ -38,6 +35,7 @@ from stylepipe.training.engine import Engine
 from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
+from stylepipe.training.keeper import Keeper
 from stylepipe.training.launched import command_again, launcher_process
 from stylepipe.training.measuring import RunMetrics
 from stylepipe.training.memory import is_out_of_memory, peak_memory_gib
@@ -101,6 +99,7 @@ class Trainer:
             ema=config.ema,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            exchange=Exchange(config.reduce_dtype),
         )
         resumed, run_id = None, None
         origin = dict(origin or {})
@@ -130,16 +129,12 @@ class Trainer:
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
         self._saved_at = self.first_image  # up to here there is nothing that is not saved, or is on its way
-        self._unsaved = False  # what was last to be saved could not be
         self._stats: dict[str, float] = {}  # of the last tick
         self._data = _nothing()
         self._waited = 0.0  # seconds for the latest batch that was late
         self._bad: set[str] = set()  # what has been told of images that cannot be read
-        settings = config_mapping(config)
         self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
-            with atomic_path(out / CONFIG_FILE) as path:
-                path.write_text(yaml.safe_dump(settings, sort_keys=False))
             clear_remains(out)
             own = state is not None and state.path.resolve().parent == out.resolve()
             if state is not None and own:
@@ -150,13 +145,14 @@ class Trainer:
             config.tracker,
             accelerator,
             project=PROJECT,
-            config={**settings, "versions": {"code": code_version(), "data": dataset.facts}},
+            config={**config_mapping(config), "versions": {"code": code_version(), "data": dataset.facts}},
             out=out,
             run_id=run_id,
             images_seen=self.engine.images_seen,
         )
         self.snapshots = Snapshots(config, self.engine, dataset, out, self.tracker, self.say, origin)
         self.metrics = RunMetrics(config, recipe, evaluation, accelerator, out, self.tracker, self.say)
+        self.keeper = Keeper(config, out, self.snapshots, self.log, self._thin_networks, self._raise_alarms)
         self._note_history()
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
@@ -175,13 +171,12 @@ class Trainer:
             self._interrupt = interrupt
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
-                self._show(self.snapshots.grid)
+                self.keeper.show(self.snapshots.grid, self._last)
             if self.config.on_divergence == "rollback":
                 self._on_main(self._see_to_a_healthy_state)
-            if self.is_main:
-                self.snapshots.averages(self._last)  # a full disk, or another folder, may lack them
+            self.keeper.averages(self._last)  # a full disk, or another folder, may lack them
             self._make_up_for_measuring()
-            self._open_data()
+            on_every_process(self.accelerator, self._open_data)
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
             failure = None
             while not self.finished:
@@ -278,8 +273,8 @@ class Trainer:
         saved = ""
         if self.is_main and self.engine.whole and self.engine.images_seen != self._saved_at:
             self._note_history()
-            self.snapshots.snapshot(self._last)
-            self._finish_saving()
+            self.keeper.begin(self._last, interim=False)
+            self.keeper.finish(self._last)
             saved = f", all up to {self.engine.images_seen / 1000:g} kimg is saved"
         raise UserError(
             f"--batch-gpu {self.stage.batch_gpu}: out of memory on {self.accelerator.device}{saved}; start the same "
@@ -296,8 +291,7 @@ class Trainer:
 
     def _keep_up(self, stopping: bool = False) -> None:
         """Do what is due after a step, or before the training stops short of its end."""
-        if self.is_main:
-            self._see_to_saving(wait=False)
+        self.keeper.settle(wait=False)
         ends_level = self.stage.resolution != self._last.resolution
         measure = not stopping and self._measures_now()
         network = stopping or measure or self.finished or ends_level or self._due(self.config.snapshot_kimg)
@@ -306,26 +300,26 @@ class Trainer:
         clip = not stopping and (self.finished or self._due(self.config.clip_kimg))
         diversity = not stopping and self._due(self.config.diversity_kimg)
         if state or grid or clip or diversity or self._due(self.config.tick_kimg):
+            self.keeper.see_to_folder()
             if self.engine.images_seen > self._tick_images:
                 self._stats = self._tick(diversity)
             divergence = divergence_in(self._stats, self.config.divergence_updates)
             if grid:
-                self._show(self.snapshots.grid)
+                self.keeper.show(self.snapshots.grid, self._last)
             if clip:
-                self._show(self.snapshots.clip)
+                self.keeper.show(self.snapshots.clip, self._last)
             if divergence:
                 self._recover(divergence)
             elif state:
                 self._save(interim=not network)
-            elif self.is_main and self._unsaved:
-                self.snapshots.snapshot(self._last)
+            else:
+                self.keeper.try_again(self._last)
             if measure and not divergence:
-                if self.is_main:
-                    self._see_to_saving(wait=True)  # what took so long to learn is safe before
+                self.keeper.settle(wait=True)  # what took so long to learn is safe before
                 self.metrics.measure(self._last, self.engine.images_seen, lambda: self._interrupt.asked)
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
-        if self.is_main and self._due(filled(self.config.ema.posthoc_kimg)):
-            self.snapshots.averages(self._last)
+        if self._due(filled(self.config.ema.posthoc_kimg)):
+            self.keeper.averages(self._last)
 
     def _save(self, *, interim: bool) -> None:
         """Begin to save state and, but for an interim one, network."""
@@ -333,68 +327,20 @@ class Trainer:
             self._rollbacks_in_a_row = 0
         self._note_history()
         self._saved_at = self.engine.images_seen
-        if self.is_main:
-            self._see_to_saving(wait=True)  # of the last time; a slow disk holds up the training here
-            self.snapshots.snapshot(self._last, interim=interim)
-
-    def _see_to_saving(self, *, wait: bool) -> None:
-        """Look what has become of what was begun to be saved; try again what could not be."""
-        written, failure = self.snapshots.settle(wait=wait)
-        if any(saving.told is not None for saving in written):
-            self._unsaved = False
-            self._thin_networks()
-        if failure is None:
-            return
-        told = f"cannot save to {self.out}: {failure}; older states are still there; make room, it is tried again"
-        if self._unsaved:
-            self.say(told)
-        else:
-            self._raise_alarms({"saving": told})
-        self._unsaved = True
-
-    def _thin_networks(self) -> None:
-        try:
-            self.metrics.thin_networks(self.engine.images_seen)
-        except OSError as error:
-            self.say(f"older networks could not be deleted: {error}")
-
-    def _finish_saving(self) -> None:
-        """Wait for all that was begun to be saved.
-
-        Raises:
-            UserError: the folder cannot be written, or the disk is full.
-        """
-        _, failure = self.snapshots.settle(wait=True)
-        if failure is not None:
-            older = "older states are still there; make room, then start the same command with this --out to go on"
-            none = "no state was saved before; make room, then start anew in another --out"
-            way_on = none if newest_state(self.out) is None else older
-            raise UserError(f"cannot save to {self.out}: {failure}; nothing half-written is left, and {way_on}")
-        self._thin_networks()
+        self.keeper.begin(self._last, interim=interim)
 
     def _save_the_end(self) -> None:
         """Save where the training ends or stops, on every process.
 
         Raises:
-            UserError: as for `_finish_saving`.
+            UserError: the folder cannot be written, or the disk is full.
         """
         if self.engine.images_seen != self._saved_at:
             self._keep_up(stopping=True)
-        if self.is_main:
-            self._see_to_saving(wait=True)
-            if self._unsaved:
-                self.snapshots.snapshot(self._last)
-            self.snapshots.averages(self._last)
-        self._on_main(self._finish_saving)
+        self._on_main(partial(self.keeper.finish, self._last))
 
-    def _show(self, save: Callable[[Stage], None]) -> None:
-        """Save pictures, on the main process; a full disk is no reason to end the training."""
-        if not self.is_main:
-            return
-        try:
-            save(self._last)
-        except OSError as error:
-            self._raise_alarms({"pictures": f"cannot save to {self.out}: {error}"})
+    def _thin_networks(self) -> None:
+        self.metrics.thin_networks(self.engine.images_seen)
 
     def _measures_now(self) -> bool:
         """Tell whether the network of now is to be measured."""
@@ -417,8 +363,7 @@ class Trainer:
         Raises:
             UserError: the training stops here.
         """
-        if self.is_main:
-            self._see_to_saving(wait=True)
+        self.keeper.settle(wait=True)
         kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
         self._on_main(self.metrics.follow_best)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
@@ -473,8 +418,8 @@ class Trainer:
     def _see_to_a_healthy_state(self) -> None:
         """Save a state to roll back to where there is none yet."""
         if newest_healthy_state(self.out) is None:
-            self.snapshots.snapshot(self._last)
-            self._finish_saving()
+            self.keeper.begin(self._last, interim=False)
+            self.keeper.finish(self._last)
 
     def _due(self, kimg: float) -> bool:
         """Tell whether the last step crossed a multiple of `kimg`."""
@@ -495,11 +440,12 @@ class Trainer:
             "Progress/step": self._last.step + 1,
             **self._growth(),
             "Timing/sec_per_kimg": seconds / images * 1000,
-            "Timing/saving_sec": self.snapshots.held_s,
+            "Timing/saving_sec": self.keeper.held_s,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
         if diversity:
-            stats |= on_main_process(self.accelerator, self._diversity.measure, self._last)
+            with activity.during("measuring diversity", "unlimited"):
+                stats |= on_main_process(self.accelerator, self._diversity.measure, self._last)
         alarms = self._alarms.look(stats)
         if divergence := divergence_in(stats, self.config.divergence_updates):
             alarms["divergence"] = divergence

@@ -79,3 +79,17 @@ def test_data_that_cannot_be_timed(tmp_path, capsys):
     assert "is empty; expected a dataset" in capsys.readouterr().err
     assert main(["bench", "data", str(tmp_path), "--workers", "0"]) == 2
     assert "--workers, --batch-size and --seconds" in capsys.readouterr().err
+
+
+def test_saving_is_timed_beside_training(tmp_path, capsys):
+    path = tmp_path / "saving.json"
+    saving = ["bench", "saving", *STEP[2:], "--folder", str(tmp_path), "--json", str(path), "--state-kimg", "2"]
+    assert main(saving) == 0
+    figures = json.loads(path.read_text())
+    assert list(tmp_path.iterdir()) == [path], "what was written is removed"
+    assert figures["bytes"] > 50_000
+    assert figures["written_s"] > 0
+    slower = max(0, figures["step_beside_s"] / figures["step_s"] - 1) * figures["written_s"]
+    assert figures["share"] == pytest.approx((figures["held_s"] + slower) / (500 * figures["step_s"]))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"{figures['share']:.3%} of the training's time, at one state in 2 kimg"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import ROOT, largest_difference, options, start, state_tensors, wait_for
 
 import stylepipe
@@ -25,6 +28,7 @@ from stylepipe.training import checkpoint
 from stylepipe.training.checkpoint import load_state
 
 NO_ROOM = OSError(28, "No space left on device")
+QUICK = ("--metrics", "none")
 
 
 def same_end(out: Path, finished: Path, kimg: str = "000000.128") -> bool:
@@ -74,10 +78,10 @@ def test_a_signal_saves_and_tells_the_command_that_goes_on(shards, tmp_path, num
 def test_a_run_whose_time_is_up_saves_and_goes_on(finished, shards, tmp_path, capsys):
     out = tmp_path / "out"
     for _ in range(2):  # the time is up before the first step: nothing to save yet
-        assert main(options(shards, out, 0.128, "--max-hours", "1e-9")) == 0
+        assert main(options(shards, out, 0.128, *QUICK, "--max-hours", "1e-9")) == 0
         assert "stopped at 0 kimg (--max-hours 1e-09)" in capsys.readouterr().out
     assert not list(out.glob("state-*"))
-    assert main(options(shards, out, 0.128)) == 0
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
     assert same_end(out, finished)
     assert "max_hours" not in (out / "config.yaml").read_text()
 
@@ -95,6 +99,18 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends(shards, tmp_path):
         output = launcher.stdout.read()  # ends when the orphan does
     assert "the launcher has died" in output
     assert len(list(out.glob("state-*"))) == len(list(out.glob("network-*"))) == 1
+
+
+def at_image(monkeypatch: pytest.MonkeyPatch, images_seen: int, happen: Callable[[], object]) -> None:
+    """Have something happen within the step that begins after so many images."""
+    whole = GANRecipe.g_main
+
+    def g_main(self, batch, record):
+        if batch.stage.images_seen == images_seen:
+            happen()
+        return whole(self, batch, record)
+
+    monkeypatch.setattr(GANRecipe, "g_main", g_main)
 
 
 class Disk:
@@ -119,27 +135,19 @@ class Disk:
 def test_training_does_not_wait_for_the_disk(finished, shards, tmp_path, monkeypatch):
     out, disk = tmp_path / "out", Disk(monkeypatch)
     disk.gate.clear()
-
-    def g_main(self, batch, record):
-        if batch.stage.images_seen == 112:  # six steps after the state was begun
-            disk.gate.set()
-        return whole(self, batch, record)
-
-    whole = GANRecipe.g_main
-    monkeypatch.setattr(GANRecipe, "g_main", g_main)
+    at_image(monkeypatch, 112, disk.gate.set)  # six steps after the state was begun
     # Measuring waits until what it measures is saved, and each thing that is saved for the last of its kind.
-    assert main(options(shards, out, 0.128, "--metrics", "none", "--ema.posthoc-kimg", "1")) == 0
+    assert main(options(shards, out, 0.128, *QUICK, "--ema.posthoc-kimg", "1")) == 0
     for kimg in ("000000.064", "000000.128"):  # and what is saved is of the moment, not of when it was written
         assert same_end(out, finished, kimg)
-        assert (out / f"network-{kimg}.safetensors").read_bytes() == (
-            finished / f"network-{kimg}.safetensors"
-        ).read_bytes()
+        written, expected = (load_file(run / f"network-{kimg}.safetensors") for run in (out, finished))
+        assert largest_difference(written, expected) == 0
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(finished, shards, tmp_path, monkeypatch, capsys):
     out, disk = tmp_path / "out", Disk(monkeypatch)
     disk.full_for = 2
-    assert main(options(shards, out, 0.128)) == 0
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
     log = (out / "log.txt").read_text()
     assert log.count("ALARM saving: cannot save to") == 1
     assert "No space left on device; older states are still there; make room, it is tried again" in log
@@ -148,6 +156,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(finished, shards, tmp_pat
     assert not list(out.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_with_the_remedy(shards, tmp_path, monkeypatch, capsys):
     out, disk = tmp_path / "out", Disk(monkeypatch)
     disk.full_for = 1000
@@ -201,7 +210,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(finished, shards, tmp
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     damage(out / "state-000000.128")
-    assert main(options(shards, out, 0.128)) == 0
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
     assert "truncated or damaged since it was written" in caplog.text
     assert "passed over, and kept as damaged-<kimg>" in caplog.text
     assert "going on from 0.064 to 0.128 kimg" in capsys.readouterr().out
@@ -224,7 +233,7 @@ def test_where_every_state_is_damaged_nothing_begins_anew(finished, shards, tmp_
 
 def test_between_two_snapshots_only_the_newest_state_is_kept(finished, shards, tmp_path):
     out = tmp_path / "out"
-    more = ("--state-kimg", "0.016", "--snapshot-kimg", "0.048")
+    more = (*QUICK, "--state-kimg", "0.016", "--snapshot-kimg", "0.048")
     assert main(options(shards, out, 0.08, *more)) == 0
     assert sorted(path.name for path in out.glob("state-*")) == ["state-000000.048", "state-000000.080"]
     assert main(options(shards, out, 0.128, *more)) == 0
@@ -234,7 +243,7 @@ def test_between_two_snapshots_only_the_newest_state_is_kept(finished, shards, t
     assert "saved: " + str(out / "state-000000.112\n") in (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("phase", ["g_main", "d_main"])
+@pytest.mark.parametrize("phase", ["g_main", pytest.param("d_main", marks=pytest.mark.slow)])
 def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, shards, tmp_path, monkeypatch, capsys):
     whole, out = getattr(GANRecipe, phase), tmp_path / "out"
 
@@ -245,7 +254,7 @@ def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, s
 
     with monkeypatch.context() as patch:
         patch.setattr(GANRecipe, phase, short)
-        assert main(options(shards, out, 0.128)) == 2
+        assert main(options(shards, out, 0.128, *QUICK)) == 2
     told = capsys.readouterr().err
     assert "--batch-gpu 8: out of memory on cpu" in told
     assert "half of it, or with --batch-gpu auto" in told
@@ -253,16 +262,16 @@ def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, s
     saved = phase == "g_main"
     assert ("all up to 0.096 kimg is saved" in told) == saved
     assert (out / "state-000000.096").exists() == saved
-    assert main(options(shards, out, 0.128)) == 0
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
     assert same_end(out, finished)
 
 
 @pytest.mark.parametrize(
-    "preset", [name if name in ("auto", "r3gan") else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+    "preset", [name if name == "auto" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 )
 def test_every_preset_goes_on_to_the_bit_whatever_the_process_has_drawn(preset, shards, tmp_path):
     """No generator of torch's, NumPy's or Python's has any part in a training: there is no state of them to keep."""
-    more = ("--preset", preset, "--snapshot-kimg", "1000")
+    more = (*QUICK, "--preset", preset, "--snapshot-kimg", "1000")
     if preset == "transfer":  # goes on from other networks
         assert main(options(shards, tmp_path / "first", 0.008)) == 0
         more = ("--init", str(tmp_path / "first" / "network-000000.008.safetensors"), *more)
@@ -278,3 +287,44 @@ def test_every_preset_goes_on_to_the_bit_whatever_the_process_has_drawn(preset, 
         disturb(round(kimg * 1000))
         assert main(options(shards, tmp_path / "run", kimg, *more)) == 0
     assert same_end(tmp_path / "run", tmp_path / "straight", "000000.064")
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_set_back_changes_nothing(finished, shards, tmp_path, monkeypatch):
+    now = time.time
+    at_image(monkeypatch, 56, lambda: monkeypatch.setattr(time, "time", lambda: now() - 365 * 86400))
+    assert main(options(shards, tmp_path / "out", 0.128, *QUICK)) == 0
+    assert same_end(tmp_path / "out", finished)
+    lines = (tmp_path / "out" / "stats.jsonl").read_text().splitlines()
+    seconds = [json.loads(line)["Timing/sec_per_kimg"] for line in lines]
+    assert all(0 < value < 10_000 for value in seconds)
+
+
+@pytest.mark.slow
+def test_a_folder_that_vanishes_is_made_anew_and_told(finished, shards, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    at_image(monkeypatch, 72, lambda: shutil.rmtree(out))
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
+    log = (out / "log.txt").read_text()
+    assert f"ALARM folder: {out} has vanished and was made anew; what it held before is gone" in log
+    assert lines_of(out) == [80, 96, 112, 128]
+    assert same_end(out, finished)
+    assert (out / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_data_that_is_taken_away_while_training_ends_the_run_with_all_saved(shards, tmp_path, monkeypatch, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(shards, data)
+
+    def cut() -> None:
+        (shard,) = data.glob("*.tar")
+        os.truncate(shard, 2048)
+
+    at_image(monkeypatch, 40, cut)
+    assert main(options(data, out, 1, *QUICK, "--snapshot-kimg", "1000")) == 2
+    told = capsys.readouterr().err
+    assert ".tar" in told
+    assert "Traceback" not in told
+    (state,) = out.glob("state-*")
+    assert load_state(state).images_seen == lines_of(out)[-1]

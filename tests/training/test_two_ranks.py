@@ -22,8 +22,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def train(out: Path, world_size: int, losses: str = "both") -> list[dict[str, torch.Tensor]]:
-    """Run two_ranks.py with plain torch.distributed environment variables; return what each rank wrote."""
+def train(out: Path, world_size: int, losses: str = "both", exchange: str = "") -> list[dict[str, torch.Tensor]]:
+    """Run two_ranks.py with plain torch.distributed environment variables; return what each rank wrote.
+
+    `exchange` cuts gradients into several buckets and says when and as what they are sent, such as "early bf16".
+    """
     out.mkdir()
     common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if world_size > 1:
@@ -31,7 +34,7 @@ def train(out: Path, world_size: int, losses: str = "both") -> list[dict[str, to
     processes = []
     for rank in range(world_size):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-        command = [sys.executable, str(SCRIPT), str(out), losses]
+        command = [sys.executable, str(SCRIPT), str(out), losses, exchange]
         processes.append(subprocess.Popen(command, env=common | ranks, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, stderr = process.communicate(timeout=300)
@@ -102,3 +105,49 @@ def test_each_regularizer_does_change_the_training(runs, tmp_path, losses, phase
     network, other = ("G", "D") if phase[0] == "G" else ("D", "G")
     assert relative_difference(without[f"state/{network}.params"], one[f"state/{network}.params"]) > 1e-4
     assert torch.equal(without[f"grad/0/{other}/main"], one[f"grad/0/{other}/main"]) == (other == "G")
+
+
+def assert_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> None:
+    for of_a, of_b in zip(a, b, strict=True):
+        assert of_a.keys() == of_b.keys()
+        for name in of_a:
+            if not name.startswith("early/"):
+                torch.testing.assert_close(of_a[name], of_b[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", ["both", "frozen", "growing"])
+def test_early_or_late_is_the_same_to_the_bit(tmp_path, losses):
+    """Of a phase's runs only the first after a change of structure sends nothing while a backward pass runs."""
+    late = train(tmp_path / "late", 2, losses, "late fp32")
+    early = train(tmp_path / "early", 2, losses, "early fp32")
+    assert_equal(late, early)
+    structures = (0, 1, 1, 2) if losses == "growing" else (0, 0, 0, 0)
+    for name in (name for name in late[0] if name.startswith("early/")):
+        _, step, phase = name.split("/", 2)
+        before = [f"early/{n}/{phase}" for n in range(int(step)) if structures[n] == structures[int(step)]]
+        for rank in range(2):
+            assert late[rank][name] == 0
+            assert (early[rank][name] > 0) == any(earlier in early[rank] for earlier in before), name
+
+
+@pytest.mark.slow
+def test_bf16_is_within_its_rounding_the_same_on_all_ranks_and_every_time(tmp_path):
+    exact = train(tmp_path / "exact", 2, "both", "early fp32")
+    halves = train(tmp_path / "halves", 2, "both", "early bf16")
+    # Each rank rounds its half, and so does their sum: three times 2^-9 of what may be larger than the sum.
+    difference = relative_difference(halves[0]["grad/0/G/main"], exact[0]["grad/0/G/main"])
+    assert 1e-4 < difference < 3 * 2**-8
+    assert_equal(halves[:1], halves[1:])
+    assert_equal(halves, train(tmp_path / "again", 2, "both", "early bf16"))
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_has_all_ranks_skip_the_update(tmp_path):
+    ranks = train(tmp_path / "ranks", 2, "poisoned", "early fp32")
+    assert_equal(ranks[:1], ranks[1:])
+    assert ranks[0]["state/skipped.D/main"].tolist() == [1, 0]
+    assert ranks[0]["early/1/D/main"] > 0
+    for name, tensor in ranks[0].items():
+        if name.startswith("state/"):
+            assert tensor.isfinite().all(), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from stylepipe.config import AugmentConfig, Config, GrowthConfig, LossConfig, Ne
 from stylepipe.datasets.reader import Batch
 from stylepipe.presets import resolve, with_precision
 from stylepipe.recipes.gan import GANRecipe
+from stylepipe.training import averaging
+from stylepipe.training.averaging import Exchange, start_sum
 from stylepipe.training.distributed import leave, make_accelerator
 from stylepipe.training.engine import Engine
 
@@ -21,7 +24,7 @@ BATCH_SIZE, BATCH_GPU = 8, 4
 LABELS = torch.eye(3)
 
 
-def main(out: Path, losses: str) -> None:
+def main(out: Path, losses: str, exchange: str) -> None:
     accelerator = make_accelerator()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     torch.set_num_threads(1)
@@ -61,13 +64,21 @@ def main(out: Path, losses: str) -> None:
     torch.rand(rank + 1)
     c_dim = len(LABELS) if labelled else 0
     recipe = GANRecipe(config, accelerator.device, c_dim, lambda rows: LABELS[rows], len(LABELS), world_size=world_size)
-    engine = Engine(recipe, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size)
+    if losses == "poisoned":
+        recipe.phases = [poisoned(phase, rank) if phase.name == "D/main" else phase for phase in recipe.phases]
+    settings, early = None, EarlySums()
+    if exchange:  # early or late, and what as
+        when, reduce_dtype = exchange.split()
+        averaging.BUCKET_BYTES = 4096
+        settings = Exchange(reduce_dtype, when == "early", early.start)
+    engine = Engine(recipe, optim=config.optim, ema=config.ema, rank=rank, world_size=world_size, exchange=settings)
     result: dict[str, torch.Tensor] = {}
     run_phase = engine.run_phase
 
     def run_and_note(phase, stage, images, labels):
         run_phase(phase, stage, images, labels)
         result[f"grad/{stage.step}/{phase.name}"] = engine.arenas[phase.trains].grad.clone()
+        result[f"early/{stage.step}/{phase.name}"] = torch.tensor(early.take())
 
     engine.run_phase = run_and_note
     for step in range(STEPS):
@@ -84,5 +95,37 @@ def main(out: Path, losses: str) -> None:
     leave()
 
 
+def poisoned(phase, rank):
+    """Have the loss of one rank be NaN in the step that follows the first."""
+
+    def loss(batch, record):
+        for term in phase.loss(batch, record):
+            yield term * float("nan") if (rank, batch.stage.step) == (1, 1) else term
+
+    return dataclasses.replace(phase, loss=loss)
+
+
+class EarlySums:
+    """Counts the sums that begin while a backward pass runs."""
+
+    def __init__(self):
+        self._early, self._in_backward, backward = 0, False, torch.Tensor.backward
+
+        def noting(*args, **kwargs):
+            self._in_backward = True
+            backward(*args, **kwargs)
+            self._in_backward = False
+
+        torch.Tensor.backward = noting
+
+    def start(self, tensor):
+        self._early += self._in_backward
+        return start_sum(tensor)
+
+    def take(self):
+        early, self._early = self._early, 0
+        return early
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), losses=sys.argv[2])
+    main(Path(sys.argv[1]), losses=sys.argv[2], exchange=sys.argv[3])

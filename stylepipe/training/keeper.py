@@ -1,0 +1,143 @@
+"""What a run leaves is kept whatever the disk does: a failure is an alarm, and saving is tried again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+
+from stylepipe.config import Config
+from stylepipe.errors import UserError
+from stylepipe.files import atomic_path
+from stylepipe.run_files import CONFIG_FILE
+from stylepipe.training import activity
+from stylepipe.training.checkpoint import newest_state
+from stylepipe.training.growth import Stage
+from stylepipe.training.progress import RunLog
+from stylepipe.training.settings import config_mapping
+from stylepipe.training.snapshots import Snapshots
+
+
+class Keeper:
+    """Has snapshots of a run saved, and sees what becomes of them; on any process but the main one it does nothing.
+
+    Args:
+        config: resolved settings.
+        out: folder of the run.
+        snapshots: save.
+        log: of the run; None on any process but the main one.
+        tidy: deletes network files that are not to be kept.
+        alarm: tells the user, by the names of what has happened.
+
+    Attributes:
+        held_s: for how many seconds saving has held up the training.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        snapshots: Snapshots,
+        log: RunLog | None,
+        tidy: Callable[[], None],
+        alarm: Callable[[Mapping[str, str]], None],
+    ) -> None:
+        self._config, self._out, self._snapshots, self._log = config, out, snapshots, log
+        self._tidy, self._alarm = tidy, alarm
+        self._failed = False  # what was last to be saved
+        self.held_s = 0.0
+        if log is not None:
+            self._write_config()
+
+    def begin(self, stage: Stage, *, interim: bool) -> None:
+        """Begin to save state and, but for an interim one, network."""
+        if self._log is None:
+            return
+        began = time.perf_counter()
+        self.settle(wait=True)  # a disk that is slower than the training holds it up here
+        self._snapshots.snapshot(stage, interim=interim)
+        self.held_s += time.perf_counter() - began
+
+    def try_again(self, stage: Stage) -> None:
+        """Begin to save what could not be saved last time, as it is now."""
+        if self._failed:
+            self.begin(stage, interim=False)
+
+    def averages(self, stage: Stage) -> None:
+        """Begin to save the power-function averages."""
+        if self._log is None:
+            return
+        began = time.perf_counter()
+        self._snapshots.averages(stage)
+        self.held_s += time.perf_counter() - began
+
+    def settle(self, *, wait: bool) -> None:
+        """See what has become of what was begun.
+
+        Args:
+            wait: for all of it.
+        """
+        if self._log is None:
+            return
+        with activity.during("saving"):
+            written, failure = self._snapshots.settle(wait=wait)
+        if any(saving.told is not None for saving in written):
+            self._failed = False
+            try:
+                self._tidy()
+            except OSError as error:
+                self._alarm({"tidying": f"older networks could not be deleted: {error}"})
+        if failure is not None:
+            told = f"cannot save to {self._out}: {failure}; older states are still there; make room, it is tried again"
+            if self._failed:  # one alarm is enough
+                self._log.line(told)
+            else:
+                self._alarm({"saving": told})
+            self._failed = True
+
+    def finish(self, stage: Stage) -> None:
+        """Save what is still to be saved, and wait for it.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full.
+        """
+        self.settle(wait=True)
+        self.try_again(stage)
+        self.averages(stage)
+        with activity.during("saving"):
+            _, failure = self._snapshots.settle(wait=True)
+        if failure is None:
+            self._tidy()
+            return
+        older = "older states are still there; make room, then start the same command with this --out to go on"
+        none = "no state was saved before; make room, then start anew in another --out"
+        way_on = none if newest_state(self._out) is None else older
+        raise UserError(f"cannot save to {self._out}: {failure}; nothing half-written is left, and {way_on}")
+
+    def show(self, save: Callable[[Stage], None], stage: Stage) -> None:
+        """Save pictures; a full disk is no reason to end the training."""
+        if self._log is None:
+            return
+        try:
+            with activity.during("making pictures", "unlimited"):
+                save(stage)
+        except OSError as error:
+            self._alarm({"pictures": f"cannot save to {self._out}: {error}"})
+
+    def see_to_folder(self) -> None:
+        """Make the run's folder anew where somebody has removed it: what is still learnt has to go somewhere."""
+        if self._log is None or self._out.is_dir():
+            return
+        try:
+            self._out.mkdir(parents=True)
+            self._write_config()
+            self._log.rewind(self._log.images_seen)
+        except OSError:  # the next thing that is saved tells of it
+            return
+        self._alarm({"folder": f"{self._out} has vanished and was made anew; what it held before is gone"})
+
+    def _write_config(self) -> None:
+        with atomic_path(self._out / CONFIG_FILE) as path:
+            path.write_text(yaml.safe_dump(config_mapping(self._config), sort_keys=False))
