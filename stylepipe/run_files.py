@@ -15,7 +15,19 @@ CLIPS_FOLDER = "clips"
 EMA_FOLDER = "ema"
 BEST_NETWORK = "network-best.safetensors"
 
+# Not those of networks with an average made afterwards, which `stylepipe ema` may be writing now.
+_HALF_FILE = re.compile(
+    r"\.(\d{6,}\.\d{3}\.(png|gif|safetensors)|network-(best|\d{6,}\.\d{3})\.safetensors|real\.png"
+    r"|config\.yaml|log\.txt|stats\.jsonl|metrics\.jsonl)\.\d+\.tmp"
+)
 _NETWORK = re.compile(r"network-(\d{6,}\.\d{3})\.safetensors")
+
+
+def clear_half_files(out: Path) -> None:
+    """Delete half-written files of a run, which processes that were killed have left."""
+    for path in out.rglob(".*.tmp"):
+        if _HALF_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def kimg_name(images_seen: int) -> str:

@@ -31,6 +31,7 @@ DAMAGED = "damaged"
 """Kind of those that are no longer as they were written."""
 
 _NAME = re.compile(r"state-\d{6,}\.\d{3}")
+_REMAINS = re.compile(rf"\.+(state|{DIVERGED}|{DAMAGED})-")
 
 
 class DamagedStateError(UserError):
@@ -242,9 +243,10 @@ def _free(path: Path) -> Path:
 
 
 def clear_remains(out: Path) -> None:
-    """Delete what processes that were killed while saving or deleting states have left in `out`."""
-    for path in [*out.glob(".state-*.tmp"), *out.glob(f".{DIVERGED}-*.tmp")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete what processes that were killed while saving or deleting have left of states in `out`."""
+    for path in out.glob(".*.tmp"):
+        if _REMAINS.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _states(out: Path) -> list[Path]:

@@ -123,8 +123,8 @@ class Keeper:
         try:
             with activity.during("making pictures", "unlimited"):
                 save(stage)
-        except OSError as error:
-            self._alarm({"pictures": f"cannot save to {self._out}: {error}"})
+        except (OSError, UserError) as error:
+            self._alarm({"pictures": f"cannot be saved: {error}"})
 
     def see_to_folder(self) -> None:
         """Make the run's folder anew where somebody has removed it: what is still learnt has to go somewhere."""

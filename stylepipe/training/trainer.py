@@ -19,6 +19,7 @@ from stylepipe.datasets.processes import available_cpus
 from stylepipe.datasets.reader import Batch
 from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
+from stylepipe.run_files import clear_half_files
 from stylepipe.training import activity
 from stylepipe.training.alarms import Alarms, divergence_in
 from stylepipe.training.averaging import Exchange
@@ -125,7 +126,8 @@ class Trainer:
         self._diversity = DiversityWatch(recipe, dataset, config.on_bad == "skip")
         self.first_image = self.engine.images_seen
         self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
-        self._last = self.stage
+        self._last = self._stage_before()
+        self._opened: tuple[int, int] | None = None  # what the data was opened for
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
         self._saved_at = self.first_image  # up to here there is nothing that is not saved, or is on its way
@@ -136,6 +138,7 @@ class Trainer:
         self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
             clear_remains(out)
+            clear_half_files(out)
             own = state is not None and state.path.resolve().parent == out.resolve()
             if state is not None and own:
                 set_aside_damaged(out, state.path)
@@ -181,7 +184,7 @@ class Trainer:
             failure = None
             while not self.finished:
                 stage = self.stage
-                if _data_of(stage) != _data_of(self._last):
+                if _data_of(stage) != self._opened:
                     self.say(self._stage_line())
                     failure = failure or _failure(self._open_data)
                 batch, late = self._next_batch() if failure is None else (None, failure)
@@ -203,6 +206,13 @@ class Trainer:
         """What the training looks like now."""
         return self.recipe.schedule.at(self.engine.images_seen)
 
+    def _stage_before(self) -> Stage:
+        """Return what the last step looked like; before the first, what that will look like."""
+        seen, schedule = self.engine.images_seen, self.recipe.schedule
+        if seen == 0:
+            return self.stage
+        return schedule.at(max(0, seen - schedule.at(seen - 1).batch_size))
+
     @property
     def finished(self) -> bool:
         """Whether all images have been seen."""
@@ -220,6 +230,7 @@ class Trainer:
     def _open_data(self) -> None:
         """Open the data where the training stands, at the resolution and batch size of its stage."""
         stage = self.stage
+        self._opened = _data_of(stage)
         self._data.close()  # first the old one's threads end, and give their memory back
         self._data = batches_of(
             self.dataset,
@@ -349,13 +360,8 @@ class Trainer:
     def _make_up_for_measuring(self) -> None:
         """Measure where the run goes on, if it was stopped between saving that and measuring it."""
         seen = self.engine.images_seen
-        if seen == 0:
-            return
-        within = self.recipe.schedule.at(seen - 1)  # the last step of before
-        self._last = self.recipe.schedule.at(max(0, seen - within.batch_size))
-        if self._measures_now() and self.metrics.misses(seen):
+        if seen > 0 and self._measures_now() and self.metrics.misses(seen):
             self.metrics.measure(self._last, seen, lambda: self._interrupt.asked)
-        self._last = self.stage
 
     def _recover(self, divergence: str) -> None:
         """Roll back to the last healthy state, or stop; either way a state is kept of what happened.
@@ -378,7 +384,7 @@ class Trainer:
         self._penalties = self.recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
         self._alarms = Alarms(alarms)
         self._note_history()
-        self._last, self._saved_at = self.stage, self.engine.images_seen
+        self._last, self._saved_at = self._stage_before(), self.engine.images_seen
         self._on_main(partial(self.snapshots.amend, healthy))  # before it is told: a resumed run goes on the same way
         told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; {kept}"
         self._on_main(partial(self._tell_rollback, told))

@@ -201,6 +201,27 @@ def test_a_full_disk_leaves_whole_states_only(shards, tmp_path):
     assert not [name for name in left if name.endswith(".tmp")]
 
 
+def test_what_killed_processes_leave_half_written_is_removed(finished, shards, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {str(path.relative_to(out)) for path in out.rglob("*")}
+    for name in ("..state-000000.192.whole.tmp.77.tmp", ".state-000000.192.whole.tmp", ".state-000000.064.deleted.tmp"):
+        (out / name).mkdir()
+        (out / name / "state.safetensors").touch()
+    for name in (
+        "network-000000.192.safetensors",
+        "network-best.safetensors",
+        "config.yaml",
+        "ema/000000.192.safetensors",
+    ):
+        half = out / name
+        half.with_name(f".{half.name}.77.tmp").touch()
+    foreign = out / ".network-000000.128-ema0.1.safetensors.78.tmp"  # `stylepipe ema` may be at work
+    foreign.touch()
+    assert main(options(shards, out, 0.128)) == 0
+    assert {str(path.relative_to(out)) for path in out.rglob("*")} == before | {foreign.name}
+
+
 def damage(state: Path) -> None:
     with open(state / "state.safetensors", "r+b") as file:
         file.truncate(5000)
