@@ -1,19 +1,31 @@
 """The dashboard of a run, Weights & Biases or TensorBoard, through Accelerate's trackers.
 
 The files in the run's folder (log.txt, stats.jsonl, grids/) are complete without it; see `stylepipe.training.progress`.
+So nothing that a dashboard does may end or delay a training: a thread of its own speaks to it, and what fails is told.
 """
 
 from __future__ import annotations
 
+import atexit
+import copy
+import functools
 import importlib.util
 import logging
 import os
+import queue
 import secrets
-from collections.abc import Mapping, Sequence
+import shlex
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
+import psutil
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from numpy.typing import NDArray
@@ -26,10 +38,38 @@ logger = logging.getLogger(__name__)
 
 KIMG = "Progress/kimg"  # the axis of all that W&B draws
 INIT_TIMEOUT_S = 30  # W&B's own is 90: too long a wait before training just because a node has no network
+FINISH_TIMEOUT_S = 60  # for what is still to be uploaded when a training ends
+STOP_TIMEOUT_S = 10  # the same where it was asked to stop: launchers leave 30 s for everything, states included
+KILLED_S = 5  # a call ends when W&B's process has
+FLUSH_S = 1  # W&B's own is 15: so much would be lost where its process is killed
+STUCK_S = 30  # W&B's file of an offline run grows with each tick, unless the disk is full
+MEND_S = 60  # a dashboard that is lost is not started anew more often than that
+MENDING_BYTES = 2**20  # nor on a disk with less than that
+MOST_WAITING = 256  # calls, some of them with a grid of images
+
+P = ParamSpec("P")
+
+
+def _aside(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    """Have a method of Tracker done by its thread, in order, with what the arguments hold at the call."""
+
+    def call(self: Tracker, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._thread is None:
+            return
+        if self._calls.qsize() < MOST_WAITING:
+            self._calls.put(functools.partial(method, self, *copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        else:
+            self._tell(f"it does not keep up; what comes while {MOST_WAITING} calls wait for it is left out")
+
+    functools.update_wrapper(call, method)
+    return call
 
 
 class Tracker:
     """Logs scalars, images and histograms by images_seen; on every process but the main one it does nothing.
+
+    No method raises or waits for the dashboard (`finish` does, for a bounded time); what goes wrong is told once, with
+    what there is to be done. Where a dashboard's process or file is lost, it is started anew under the same id.
 
     Args:
         kind: "wandb", "tensorboard" or "none".
@@ -61,18 +101,25 @@ class Tracker:
             )
         self.run_id: str | None = run_id
         """Names the run to W&B; saved with the state, it lets a resumed run go on in the same place."""
+        self._kind, self._accelerator, self._project, self._config, self._out = kind, accelerator, project, config, out
         self._tracker: WandBTracker | TensorBoardTracker | None = None
-        self._accelerator, self._project, self._out = accelerator, project, out
+        self._service: _WandbService | None = None
+        self._thread: threading.Thread | None = None
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._told: set[object] = set()
+        self._given_up = False
+        self._mended: float = -MEND_S
         if not accelerator.is_main_process or kind == "none":
             return
         if kind == "wandb":
             self.run_id = run_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-            self._tracker = _start_wandb(accelerator, project, dict(config), out, self.run_id)
-        else:
-            self._tracker = self._start_tensorboard(images_seen + 1 if images_seen else None)
-            self._tracker.tracker.add_text("config", "\n".join(f"    {line}" for line in _lines(config)))
-            logger.info("TensorBoard: tensorboard --logdir %s", out / "tensorboard")
+        if trouble := _failure_of(functools.partial(self._start, images_seen + 1 if images_seen else None)):
+            self._tell(trouble)
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+        atexit.register(self.finish)  # where an error keeps the caller from it
 
+    @_aside
     def log(self, scalars: Mapping[str, float], images_seen: int) -> None:
         """Log numbers under stable names such as Loss/G/adversarial."""
         if isinstance(self._tracker, WandBTracker):
@@ -80,6 +127,7 @@ class Tracker:
         elif self._tracker is not None:
             self._tracker.log(dict(scalars), step=images_seen)
 
+    @_aside
     def log_image(self, name: str, image: NDArray[np.uint8] | Path, images_seen: int) -> None:
         """Log a picture: [H, W, 3] uint8, or the path of one."""
         if self._tracker is None:
@@ -92,6 +140,7 @@ class Tracker:
         else:
             self._tracker.log_images({name: pixels[None]}, step=images_seen, dataformats="NHWC")
 
+    @_aside
     def log_histogram(self, name: str, values: NDArray[Any], images_seen: int) -> None:
         """Log how numbers are distributed; what is not finite is left out, and nothing is logged if nothing is left."""
         finite = np.asarray(values, dtype=np.float64).ravel()
@@ -105,6 +154,7 @@ class Tracker:
         else:
             self._tracker.tracker.add_histogram(name, finite, global_step=images_seen)
 
+    @_aside
     def log_clip(self, name: str, path: Path, images_seen: int) -> None:
         """Log an animated GIF."""
         if isinstance(self._tracker, WandBTracker):
@@ -121,6 +171,7 @@ class Tracker:
             summary = Summary(value=[Summary.Value(tag=name, image=image)])
             self._tracker.tracker.file_writer.add_summary(summary, images_seen)
 
+    @_aside
     def summarize(self, values: Mapping[str, float | str], images_seen: int) -> None:
         """Have these stand for the run where runs are compared; TensorBoard draws numbers and shows words."""
         if isinstance(self._tracker, WandBTracker):
@@ -132,6 +183,7 @@ class Tracker:
                 else:
                     self._tracker.tracker.add_scalar(name, value, global_step=images_seen)
 
+    @_aside
     def log_artifact(self, path: Path, aliases: Sequence[str]) -> None:
         """Upload a network file, to be found under the run's id, version by version. TensorBoard has no such thing.
 
@@ -144,6 +196,7 @@ class Tracker:
             artifact.add_file(str(path))  # into W&B's cache: a run that is rolled back writes other files of this name
             self._tracker.tracker.log_artifact(artifact, aliases=list(aliases))
 
+    @_aside
     def alert(self, name: str, text: str, images_seen: int) -> None:
         """Call the user: W&B notifies as its settings there say, TensorBoard shows a text."""
         if isinstance(self._tracker, WandBTracker):
@@ -151,22 +204,145 @@ class Tracker:
         elif self._tracker is not None:
             self._tracker.tracker.add_text(f"Alarm/{name}", text, global_step=images_seen)
 
+    @_aside
     def rewind(self, images_seen: int) -> None:
         """Let the run go on from before: TensorBoard drops what came later, W&B draws its lines back from there."""
         if isinstance(self._tracker, TensorBoardTracker):
             self._tracker.finish()
             self._tracker = self._start_tensorboard(images_seen + 1)
 
-    def finish(self) -> None:
-        """Send or write what is still waiting."""
-        if self._tracker is not None:
-            self._tracker.finish()
-            self._tracker = None
+    def finish(self, timeout_s: float = FINISH_TIMEOUT_S) -> None:
+        """Send or write what is still waiting, for so many seconds at the most; what W&B lacks then is on the disk."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        atexit.unregister(self.finish)
+        self._calls.put(None)
+        try:
+            thread.join(timeout_s)
+        finally:  # a Ctrl-C says that the user does not want to wait
+            if thread.is_alive():
+                self._tell(f"it had not taken everything after {timeout_s:g} s")
+                self._given_up = True
+                _kill_wandb()
+                thread.join(KILLED_S)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            trouble = _failure_of(call)
+            lost = self._lost(trouble)
+            if lost or trouble:
+                self._tell(lost or trouble)
+            if lost:
+                self._mend(call)
+        lost = self._lost(None)
+        if trouble := _failure_of(self._close):
+            self._tell(lost or trouble)
+
+    def _lost(self, trouble: BaseException | None) -> object:
+        """Return why nothing can be logged any more, or None."""
+        if self._service is not None:
+            return self._service.failure()
+        return trouble if isinstance(trouble, OSError) else None  # the first one ends TensorBoard's writer
+
+    def _mend(self, call: Callable[[], None]) -> None:
+        """Start a dashboard anew that is lost and do the call with it, if the disk has room and not too often."""
+        if self._given_up or time.monotonic() - self._mended < MEND_S:
+            return
+        self._mended = time.monotonic()
+        with suppress(OSError):
+            with tempfile.TemporaryFile(dir=self._out) as file:
+                file.write(bytes(MENDING_BYTES))
+            _failure_of(self._close)
+            if _failure_of(self._start) is None:
+                self._told.clear()  # what goes wrong from here on is in another folder
+                _failure_of(call)
+
+    def _tell(self, trouble: object) -> None:
+        """Warn once of each kind of trouble, and say what there is to be done."""
+        kind = (type(trouble), getattr(trouble, "errno", None)) if isinstance(trouble, BaseException) else trouble
+        if self._given_up or kind in self._told:
+            return
+        self._told.add(kind)
+        if self._tracker is None:
+            remedy = "--tracker none does without"
+        elif self._service is None:
+            remedy = "it goes on as soon as it can"
+        else:
+            remedy = f"to upload what it lacks: wandb sync --include-online {shlex.quote(self._service.folder)}"
+        name = "W&B" if self._kind == "wandb" else "TensorBoard"
+        logger.warning("%s: %s; stats.jsonl has all numbers nevertheless; %s", name, _one_line(trouble), remedy)
+
+    def _start(self, purge_step: int | None = None) -> None:
+        if self._kind == "wandb":
+            assert self.run_id is not None
+            self._tracker = _start_wandb(self._accelerator, self._project, self._config, self._out, self.run_id)
+            self._service = _WandbService(self._tracker.run, self._tell)
+        else:
+            self._tracker = self._start_tensorboard(purge_step)
+            self._tracker.tracker.add_text("config", "\n".join(f"    {line}" for line in _lines(self._config)))
+            logger.info("TensorBoard: tensorboard --logdir %s", self._out / "tensorboard")
+
+    def _close(self) -> None:
+        try:
+            if self._tracker is not None:
+                self._tracker.finish()
+        finally:
+            if self._kind == "wandb":
+                import wandb
+
+                wandb.run = None  # one that could not be finished would be in the way of the next
+                wandb.teardown()  # here, where somebody minds the time, rather than at the interpreter's end
 
     def _start_tensorboard(self, purge_step: int | None) -> TensorBoardTracker:
         tracker = TensorBoardTracker("tensorboard", self._out, purge_step=purge_step)
         _start(self._accelerator, tracker, self._project)
         return tracker
+
+
+class _WandbService:
+    """W&B's own process, wandb-core: it writes a run's file and uploads it, and it may die or fail to write.
+
+    Args:
+        run: of `wandb.init`.
+        tell: is told where W&B gives up uploading, as when the server refuses what it is sent.
+
+    Attributes:
+        folder: of the run's file, for `wandb sync`.
+    """
+
+    def __init__(self, run: Any, tell: Callable[[str], None]) -> None:
+        import wandb
+
+        wandb.termsetup(wandb.Settings(silent=True), self)  # from here on, that is: resuming offline is none of ours
+        self.folder: str = run.sync_dir
+        self._tell = tell
+        self._process = next(iter(_wandb_processes()), None)
+        self._file = Path(self.folder, f"run-{run.id}.wandb") if run.offline else None
+        self._size, self._looked = -1, time.monotonic()
+
+    def failure(self) -> str | None:
+        """Return why the run cannot be logged any more, or None; called after something has been logged."""
+        if self._process is not None and self._process not in _wandb_processes():
+            return "its process wandb-core has ended"
+        if self._file is None or time.monotonic() - self._looked < STUCK_S:
+            return None
+        before, self._looked = self._size, time.monotonic()
+        try:
+            self._size = self._file.stat().st_size
+        except OSError:
+            self._size = before
+        return None if self._size != before else f"{self._file} does not grow, as on a full disk"
+
+    def info(self, msg: str) -> None:
+        """Say nothing: what W&B mentions is in its debug.log, and its errors come with an exception."""
+
+    error = info
+
+    def warning(self, msg: str) -> None:
+        """Pass on that something is not uploaded; other warnings are that an artifact is there already, or the like."""
+        if "wandb sync" in msg:
+            self._tell(msg.removeprefix("wandb: WARNING "))
 
 
 def _start(
@@ -178,20 +354,28 @@ def _start(
 
 
 def _start_wandb(
-    accelerator: Accelerator, project: str, config: dict[str, Any], out: Path, run_id: str
+    accelerator: Accelerator, project: str, config: Mapping[str, Any], out: Path, run_id: str
 ) -> WandBTracker:
     """Start W&B as the login and WANDB_MODE have it; offline if that fails, so that no run dies of its dashboard."""
+    # Its reports to its makers on its own errors would hold the end up by 10 s where the server hangs.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     def start(mode: str) -> WandBTracker:
         # Accelerate's main process speaks for all; the group is where logs that a user adds on others find it.
         group = os.environ.get("WANDB_RUN_GROUP", run_id if accelerator.num_processes > 1 else None)
-        quiet = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S)
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S + KILLED_S,  # for what W&B does by itself at the interpreter's end
+            x_transaction_log_flush_interval=FLUSH_S,
+        )
         name = os.environ.get("WANDB_NAME", out.name)
         tracker = WandBTracker(
-            project, mode=mode, dir=str(out), id=run_id, name=name, group=group, resume="allow", settings=quiet
+            project, mode=mode, dir=str(out), id=run_id, name=name, group=group, resume="allow", settings=settings
         )  # fmt: skip
-        _start(accelerator, tracker, project, config)
+        _start(accelerator, tracker, project, dict(config))
         # W&B's own steps cannot go back, as a run that is rolled back does: it would drop what comes with earlier ones.
         tracker.run.define_metric("*", step_metric=KIMG)
         return tracker
@@ -199,16 +383,17 @@ def _start_wandb(
     logging.getLogger("wandb").propagate = False  # it keeps its own debug.log; what matters is said below
     out.mkdir(parents=True, exist_ok=True)  # W&B would silently move to the system's temporary folder
     mode, reason = _wandb_mode()
+    level, how = logging.INFO, "offline"
     try:
         tracker = start(mode)
-    except wandb.Error as error:
-        wandb.teardown()  # else the id counts as in use
-        reason = f"it cannot be reached: {' '.join(str(error).split())}"
-        logger.warning("W&B: going on offline, since %s", reason)
+    except Exception as error:
+        _failure_of(wandb.teardown)  # else the id counts as in use
+        level, how, reason = logging.WARNING, "going on offline", _one_line(error)
         tracker = start("offline")
     if tracker.run.offline:
-        # Each resume adds a folder with the same id; --append joins them.
-        logger.info("W&B: offline (%s); to upload: wandb sync --append %s/wandb/offline-run-*-%s", reason, out, run_id)
+        # Each start has a folder of its own; the server appends what comes under the same id.
+        folder = shlex.quote(str(out / "wandb"))
+        logger.log(level, "W&B: %s (%s); to upload: wandb sync %s/offline-run-*-%s", how, reason, folder, run_id)
     elif tracker.run.url:
         logger.info("W&B: %s", tracker.run.url)
     return tracker
@@ -226,6 +411,36 @@ def _wandb_mode() -> tuple[str, str]:
         return ("online", "logged in") if wandb.login(prompt=False, verify=False) else ("offline", "not logged in")
     except wandb.Error as error:
         return "offline", f"the login does not work: {error}"
+
+
+def _failure_of(call: Callable[[], None]) -> BaseException | None:
+    """Do something with a dashboard and return what it failed with; nothing else catches what dashboards raise."""
+    try:
+        call()
+    except (Exception, SystemExit) as error:  # W&B's teardown exits where its process has failed
+        return error
+    return None
+
+
+def _wandb_processes() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
+def _kill_wandb() -> None:
+    """End W&B's process, for which the interpreter's end would wait; files have what was logged up to a second ago."""
+    for process in _wandb_processes():
+        with suppress(psutil.Error):
+            process.kill()
+            process.wait(KILLED_S)
+
+
+def _one_line(trouble: object) -> str:
+    return textwrap.shorten(str(trouble) or type(trouble).__name__, 300)
 
 
 def _lines(config: Mapping[str, Any], path: str = "") -> list[str]:

@@ -45,7 +45,7 @@ from stylepipe.training.power_ema import remove_later_averages
 from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
-from stylepipe.training.tracker import Tracker
+from stylepipe.training.tracker import FINISH_TIMEOUT_S, STOP_TIMEOUT_S, Tracker
 from stylepipe.training.watch import DiversityWatch
 from stylepipe.training.watchdog import Watchdog
 from stylepipe.version import code_version
@@ -133,6 +133,7 @@ class Trainer:
         self._saved_at = self.first_image  # up to here there is nothing that is not saved, or is on its way
         self._stats: dict[str, float] = {}  # of the last tick
         self._data = _nothing()
+        self._asked_to_stop = False
         self._waited = 0.0  # seconds for the latest batch that was late
         self._bad: set[str] = set()  # what has been told of images that cannot be read
         self._changes = [] if state is None else changes_since(state, config, dataset)
@@ -197,6 +198,7 @@ class Trainer:
                 self.progress.update(self.engine.images_seen)
                 self._keep_up()
             self._save_the_end()
+            self._asked_to_stop = interrupt.asked
             on_every_process(self.accelerator, _stop_for, failure)
         self.say(self._closing(interrupt))
         return interrupt
@@ -223,7 +225,7 @@ class Trainer:
         self._data.close()
         self.snapshots.close()
         self.progress.close()
-        self.tracker.finish()
+        self.tracker.finish(STOP_TIMEOUT_S if self._asked_to_stop else FINISH_TIMEOUT_S)
         if self.log is not None:
             self.log.close()
 
