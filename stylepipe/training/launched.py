@@ -19,6 +19,7 @@ from stylepipe.errors import UserError
 # batch script, which runs once.)
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _PARENT = os.getppid()  # noted at import: by the time training starts, the launcher may have died
+_PYTHON_LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.")
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by every launcher of `accelerate launch`
 
 
@@ -83,7 +84,10 @@ def command_again(out: Path) -> str:
     words = [sys.executable, *sys.argv]
     if launcher_process() is not None:
         with contextlib.suppress(psutil.Error):  # it has died
-            words = psutil.Process(_PARENT).cmdline()
+            launcher = psutil.Process(_PARENT).cmdline()
+            # Others, such as srun's, are of a batch system: what they were told is not for people.
+            if any(word.rpartition("/")[2].startswith(_PYTHON_LAUNCHERS) for word in launcher[:3]):
+                words = launcher
     if Path(words[0]).name.startswith("python"):
         script = Path(words[1])
         if script.name == "__main__.py":

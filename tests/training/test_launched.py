@@ -13,7 +13,7 @@ import torch
 
 from stylepipe.errors import UserError
 from stylepipe.training import launched
-from stylepipe.training.launched import asked_for, check_launch, launch_arguments, right_command
+from stylepipe.training.launched import asked_for, check_launch, command_again, launch_arguments, right_command
 
 SCRIPT = """
 import sys
@@ -162,6 +162,30 @@ def test_what_accelerate_is_asked_for(tmp_path: Path, root: Path) -> None:
     assert asked_for(f"{config}/cpu.yaml train.py".split()) == (2, 1)
     assert asked_for(f"{config}/multi-gpu.yaml --num_processes 4 train.py".split()) == (4, 1)
     assert asked_for(f"{config}/single-gpu.yaml train.py".split()) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "launcher", "expected"),
+    [
+        ("/venv/bin/stylepipe train --res 64", None, "stylepipe train --res 64 --out runs/a"),
+        ("/src/stylepipe/__main__.py train --out=b --resume none", None, "python -m stylepipe train --out=b"),
+        ("launch/train.py --resume=auto --out b", None, "python launch/train.py --out b"),
+        (
+            "launch/train.py",
+            "/venv/bin/python /venv/bin/torchrun --nproc_per_node 2 launch/train.py --out b",
+            "torchrun --nproc_per_node 2 launch/train.py --out b",
+        ),
+        ("launch/train.py --out b", "slurmstepd: [123.0]", "python launch/train.py --out b"),
+    ],
+)
+def test_the_command_that_goes_on_is_that_which_was_given(
+    own: str, launcher: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", own.split())
+    if launcher is not None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("psutil.Process.cmdline", lambda self: launcher.split())
+    assert command_again(Path("runs/a")) == expected
 
 
 def test_the_command_given_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
