@@ -31,6 +31,7 @@ from PIL import Image, ImageFilter
 
 from stylepipe.datasets.photos import SkippedPhotoError
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line, parse_json
 
 Points = npt.NDArray[np.float64]
 """[5, 2] (left eye, right eye, nose, left and right corner of the mouth) or [68, 2], (x, y) in pixels."""
@@ -192,9 +193,9 @@ def load_detector(spec: str) -> Detector:
 
 def _from_json(path: Path) -> Iterator[tuple[str, Points]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); expected {_JSON_FORM}") from error
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({one_line(error)}); expected {_JSON_FORM}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: is a JSON {type(content).__name__}; expected {_JSON_FORM}")
     for name, entry in content.items():
@@ -204,7 +205,8 @@ def _from_json(path: Path) -> Iterator[tuple[str, Points]]:
         faces = entry if several else [entry]
         for points, face in zip(map(_points, faces), faces, strict=True):
             if points is None:
-                raise UserError(f"{path}: the points of {name!r} are {_short(face)}; expected {_JSON_FORM}, all finite")
+                found = f"{path}: the points of {one_line(repr(name))} are {_short(face)}"
+                raise UserError(f"{found}; expected {_JSON_FORM}, all finite")
             yield name, points
 
 
@@ -222,12 +224,12 @@ def _from_csv(path: Path) -> Iterator[tuple[str, Points]]:
                 points = _points([[x, y] for x, y in zip(numbers[::2], numbers[1::2], strict=False)])
                 if points is None or len(numbers) % 2:
                     raise UserError(
-                        f"{path}, line {rows.line_num}: the points of {row[0]!r} are {_short(row[1:])}; "
+                        f"{path}, line {rows.line_num}: the points of {one_line(repr(row[0]))} are {_short(row[1:])}; "
                         f"expected {_CSV_FORM}, all finite"
                     )
                 yield row[0], points
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: is not CSV in UTF-8 ({error}); expected {_CSV_FORM}") from error
+        raise UserError(f"{path}: is not CSV in UTF-8 ({one_line(error)}); expected {_CSV_FORM}") from error
 
 
 def _points(face: Any) -> Points | None:
@@ -320,5 +322,4 @@ def _mirrored(places: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return one_line(json.dumps(value), 60)

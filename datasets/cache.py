@@ -191,10 +191,12 @@ def _reached(location: str, seen: Path) -> RemoteDataset:
     try:
         return RemoteDataset(location)
     except UnreachableError as error:
-        if not seen.exists():
-            raise
+        try:
+            manifest = Manifest.from_json(seen.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
+            raise error from None
         log.warning("%s; going on with what is in the cache", error)
-        return RemoteDataset(location, Manifest.from_json(seen.read_text(encoding="utf-8")))
+        return RemoteDataset(location, manifest)
 
 
 def _remote_key(remote: RemoteDataset, levels: int | None, kind: str) -> str:

@@ -24,6 +24,7 @@ from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import is_image, printable
 from stylepipe.datasets.sources import Source
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line, parse_json
 
 LABEL_FILE = "dataset.json"
 
@@ -31,7 +32,7 @@ Vector = npt.NDArray[np.float32]
 Label = int | Vector
 
 _SPLITS = ("train", "training", "val", "valid", "validation", "test")
-_LISTED = 20  # names that a message lists
+_LISTED, _LISTED_CHARACTERS = 20, 600  # names that a message lists
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
 
@@ -112,8 +113,8 @@ def _from_beside(source: Source, beside: Mapping[str, bytes]) -> Labels:
     labels = {}
     for name, text in beside.items():
         try:
-            labels[name] = json.loads(text)
-        except (ValueError, RecursionError):
+            labels[name] = parse_json(text)
+        except ValueError:
             labels[name] = text.decode("utf-8", "backslashreplace")  # which `_checked` refuses by name
     of_file, classes = _checked(str(source.path), labels)
     return Labels(of_file, classes, ())
@@ -149,11 +150,11 @@ def _entries(source: Source, path: str) -> list[tuple[str, Any]]:
     """Return (name, label as it stands there) of a label file."""
     form = '{"labels": [["sub/0001.png", 3], ...]}'
     try:
-        content = json.loads(source.read(LABEL_FILE).decode())
+        content = parse_json(source.read(LABEL_FILE))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); expected {form}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({one_line(error)}); expected {form}") from error
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: has no list of 'labels'; expected {form}, or no such file for labels by sub-folder")
@@ -167,17 +168,17 @@ def _checked(path: str, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label],
     """Return labels of one kind, and the names of the classes if they are numbers."""
     first, kind = "", None
     for name, label in labels.items():
-        found = _kind(label)
+        found = kind_of(label)
         if found is None:
             raise UserError(
-                f"{path}: the label of {name!r} is {_short(label)}; "
+                f"{path}: the label of {_quoted(name)} is {_short(label)}; "
                 "expected a class number from 0 on, or a list of finite numbers"
             )
         if kind is None:
             first, kind = name, found
         if found != kind:
             raise UserError(
-                f"{path}: the label of {name!r} is {found} and that of {first!r} {kind}; "
+                f"{path}: the label of {_quoted(name)} is {found} and that of {_quoted(first)} {kind}; "
                 "expected all class numbers, or all lists of one length"
             )
     if kind != _CLASS:
@@ -186,7 +187,7 @@ def _checked(path: str, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label],
     unused = next(number for number in range(len(used) + 1) if number not in used)
     if unused < len(used):
         raise UserError(
-            f"{path}: no photograph has the label {unused}, but some have {max(used)}; "
+            f"{path}: no photograph has the label {unused}, but some have {_short(max(used))}; "
             "number the classes 0, 1, 2, ... without gaps"
         )
     return labels, tuple(map(str, range(len(used))))
@@ -195,8 +196,8 @@ def _checked(path: str, labels: Mapping[str, Any]) -> tuple[Mapping[str, Label],
 _CLASS = "a class number"
 
 
-def _kind(label: Any) -> str | None:
-    """Say what a label is, or None if it is no label."""
+def kind_of(label: Any) -> str | None:
+    """Say what a label is that was read from JSON, or None if it is no label."""
     if isinstance(label, int) and not isinstance(label, bool):
         return _CLASS if label >= 0 else None
     if isinstance(label, list) and label and all(map(_is_finite, label)):
@@ -208,11 +209,14 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX_FLOAT <= value <= _MAX_FLOAT
 
 
+def _quoted(name: str) -> str:
+    return one_line(repr(name))
+
+
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return one_line(json.dumps(value), 60)
 
 
 def _listed(names: Sequence[str]) -> str:
-    listed = ", ".join(map(printable, names[:_LISTED]))
+    listed = one_line(", ".join(map(printable, names[:_LISTED])), _LISTED_CHARACTERS)
     return listed + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")

@@ -105,8 +105,11 @@ def is_image(data: bytes) -> bool:
 
 
 def printable(name: str) -> str:
-    """Return a file name as text; bytes that are not UTF-8 become `\\xNN`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """Return a file name as text; bytes that are not UTF-8 become `\\xNN`, and half characters of JSON `\\uNNNN`."""
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def encode(image: Image.Image, image_format: str) -> bytes:

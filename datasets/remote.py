@@ -31,6 +31,7 @@ from stylepipe.datasets.shards import (
 from stylepipe.datasets.store import RemoteError, Store, open_store
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
+from stylepipe.parsing import one_line
 
 log = logging.getLogger(__name__)
 
@@ -244,5 +245,5 @@ def _read_manifest(store: Store, name: str) -> Manifest:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{store.url(name)}: is not the manifest of a dataset that can be read here ({error})"
+            f"{store.url(name)}: is not the manifest of a dataset that can be read here ({one_line(error)})"
         ) from error

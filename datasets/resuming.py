@@ -109,7 +109,7 @@ def _taken_up(
 ) -> Mapping[str, Any] | None:
     """Return the progress to go on from, or None with the folder emptied but for the plan."""
     progress = None
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         if (folder / PLAN_FILE).read_text() == plan:
             progress = json.loads((folder / PROGRESS_FILE).read_text())
     if progress is not None and can_go_on(folder, progress):

@@ -33,6 +33,7 @@ from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LE
 from stylepipe.datasets.order import GlobalOrder, Order, WindowOrder
 from stylepipe.datasets.shard_files import LocalShards, ShardFile, Shards
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 INDEX_DTYPE_V1 = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
 INDEX_DTYPE = np.dtype([*INDEX_DTYPE_V1.descr, ("crc", "<u4")])
@@ -212,12 +213,19 @@ class ShardDataset:
             raise _damaged(self.path, self.manifest, f"{MANIFEST_FILE} counts {len(self):,} images and others by shard")
         for shard, record in enumerate(self.manifest.shards):
             rows = self._index[bounds[shard] : bounds[shard + 1]]
-            inside = (rows["shard"] == shard) & (rows["offset"] + rows["size"] <= record.bytes)
+            # No sum of what stands there: it may be too large for its type, and come round to a small one.
+            inside = (rows["size"] <= record.bytes) & (rows["offset"] <= record.bytes - rows["size"].astype(np.int64))
+            inside &= rows["shard"] == shard
             if not inside.all():
                 sample = bounds[shard] + int(np.argmin(inside))
                 raise _damaged(
                     self.path, self.manifest, f"{INDEX_FILE} places sample {sample:08d} outside of its shard"
                 )
+        if self.manifest.classes is not None:
+            known = (self._index["label"] >= 0) & (self._index["label"] < len(self.manifest.classes))
+            if not known.all():
+                sample = int(np.argmin(known))
+                raise _damaged(self.path, self.manifest, f"{INDEX_FILE} gives sample {sample:08d} no class that it has")
 
     def check_headers(self) -> None:
         """See that the first images of up to 64 shards are what the manifest says; raise UserError naming one."""
@@ -297,7 +305,7 @@ def load_manifest(path: str | Path) -> Manifest:
         raise UserError(f"{path / MANIFEST_FILE}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path / MANIFEST_FILE}: is not the manifest of a dataset that can be read here ({error}); "
+            f"{path / MANIFEST_FILE}: is not the manifest of a dataset that can be read here ({one_line(error)}); "
             "prepare the photographs again"
         ) from error
 
@@ -329,8 +337,8 @@ def _mapped(path: Path, manifest: Manifest, name: str) -> npt.NDArray[Any]:
     """Map an array file into memory."""
     try:
         array: npt.NDArray[Any] = np.load(path / name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, manifest, f"{name} cannot be read ({error})") from error
+    except Exception as error:  # NumPy takes a header apart as it would Python, and raises whatever that raises
+        raise _damaged(path, manifest, f"{name} cannot be read ({one_line(error)})") from error
     return array
 
 

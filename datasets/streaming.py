@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from webdataset.filters import shuffle
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tar_file_iterator
 
 from stylepipe.datasets import store as stores
 from stylepipe.datasets.fetching import RetryPolicy, patiently
@@ -36,8 +35,10 @@ from stylepipe.datasets.levels import box_averages
 from stylepipe.datasets.photos import SkippedPhotoError, read_square
 from stylepipe.datasets.preparation import Preparation
 from stylepipe.datasets.reader import Batch, BatchReader, patient
+from stylepipe.datasets.sources.tars import stream_tar
 from stylepipe.datasets.store import RemoteError, Store, open_store, redacted
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 _PREFIX = "stream:"
 _PREVIEWED = 32  # photographs
@@ -225,12 +226,13 @@ def _files(shards: Iterator[str], bad: list[str] | None) -> Iterator[File]:
         message = f"{redacted(address)}: holds no images"
         try:
             with closing(_opened(address)) as stream:
-                for member in tar_file_iterator(stream):
-                    if PurePosixPath(member["fname"]).suffix.lower() in Image.registered_extensions():
+                for name, data in stream_tar(stream):
+                    if PurePosixPath(name).suffix.lower() in Image.registered_extensions():
                         broken, message = 0, ""
-                        yield f"{redacted(address)}: {member['fname']}", member["data"]
-        except (OSError, EOFError, tarfile.TarError, RemoteError) as error:
-            message = str(error) if isinstance(error, RemoteError) else f"{redacted(address)}: cannot be read ({error})"
+                        yield f"{redacted(address)}: {one_line(name)}", data
+        except (OSError, tarfile.TarError, RemoteError) as error:
+            found = f"{redacted(address)}: cannot be read ({one_line(error)})"
+            message = str(error) if isinstance(error, RemoteError) else found
             if bad is None:
                 raise UserError(f"{message}; --on-bad skip goes on with other shards") from error
             bad.append(message)
@@ -239,7 +241,7 @@ def _files(shards: Iterator[str], bad: list[str] | None) -> Iterator[File]:
             raise UserError(f"{broken} shards in a row gave no image, the last: {message}")
 
 
-def _opened(address: str) -> io.BufferedIOBase:
+def _opened(address: str) -> io.BufferedReader:
     if "://" not in address:
         return open(address, "rb")
     path, question, query = address.partition("?")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stylepipe.datasets.labels import kind_of
 from stylepipe.datasets.levels import build_levels
 from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, Manifest
 from stylepipe.datasets.processes import available_cpus, in_tasks, map_in_order, task_size
@@ -36,8 +37,11 @@ from stylepipe.datasets.shards import (
 from stylepipe.datasets.sources.tars import scan_tar
 from stylepipe.datasets.writer import SHARD_BYTES, ShardWriter
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line, parse_json
 
 IndexArray = npt.NDArray[np.void]
+
+_PPM = b"P6"  # of colours, the only kind that is stored
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,9 @@ def _samples(path: Path, manifest: Manifest) -> tuple[list[_Sample], list[Fault]
     vectors = None
     if manifest.labels is not None:
         vectors = _sound(path, manifest, LABELS_FILE, manifest.labels.sha256)
-    if index is None or index.dtype not in (INDEX_DTYPE, INDEX_DTYPE_V1) or (manifest.labels and vectors is None):
+    if not _are_rows(index, manifest) or (manifest.labels and not _are_vectors(vectors, manifest)):
         return _scanned(path, manifest)
+    assert index is not None
     hashes = {record.file: _sha256(path / record.file) for record in manifest.shards}
     by_hash = {sha256: file for file, sha256 in hashes.items()}
     place = [
@@ -167,12 +172,25 @@ def _samples(path: Path, manifest: Manifest) -> tuple[list[_Sample], list[Fault]
     return [_of_row(manifest, place, number, row, vectors) for number, row in enumerate(index)], []
 
 
+def _are_rows(index: IndexArray | None, manifest: Manifest) -> bool:
+    return (
+        index is not None
+        and index.dtype in (INDEX_DTYPE, INDEX_DTYPE_V1)
+        and index.shape == (manifest.count,)
+        and bool((index["shard"] < len(manifest.shards)).all())
+    )
+
+
+def _are_vectors(vectors: npt.NDArray[Any] | None, manifest: Manifest) -> bool:
+    return vectors is not None and vectors.dtype == np.float32 and vectors.shape[:-1] == (manifest.count,)
+
+
 def _sound(path: Path, manifest: Manifest, name: str, sha256: str) -> npt.NDArray[Any] | None:
     try:
         if file_sha256(path / name) != sha256:
             return None
-        array: npt.NDArray[Any] = np.load(path / name, allow_pickle=False)
-    except (OSError, ValueError):
+        array: npt.NDArray[Any] = np.load(path / name, mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy raises anything at all of damaged headers
         return None
     return array
 
@@ -211,20 +229,29 @@ def _scanned(path: Path, manifest: Manifest) -> tuple[list[_Sample], list[Fault]
                 continue
             label = None
             if (text := beside.get(f"{key}.cls", beside.get(f"{key}.json"))) is not None:
-                label = _label(path / record.file, text.offset, text.size)
+                label = _label(_bytes_at(path / record.file, text.offset, text.size))
             samples.append(_Sample(key, record.file, member.offset, member.size, None, label))
-    return samples, faults
+    return _of_one_length(samples), faults
 
 
-def _label(path: Path, offset: int, size: int) -> int | tuple[float, ...] | None:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        text = file.read(size)
+def _label(text: bytes) -> int | tuple[float, ...] | None:
     try:
-        label = json.loads(text)
+        label = parse_json(text)
     except ValueError:
         return None
+    if kind_of(label) is None:
+        return None
     return tuple(map(float, label)) if isinstance(label, list) else int(label)
+
+
+def _of_one_length(samples: list[_Sample]) -> list[_Sample]:
+    """Take away label vectors of another length than most have."""
+    lengths = Counter(len(sample.label) for sample in samples if isinstance(sample.label, tuple))
+    usual = {length for length, _ in lengths.most_common(1)}
+    return [
+        replace(sample, label=None) if isinstance(sample.label, tuple) and len(sample.label) not in usual else sample
+        for sample in samples
+    ]
 
 
 def _checked(
@@ -233,22 +260,24 @@ def _checked(
     """Yield what is wrong with each sample."""
     if not samples:
         return
-    check = partial(_check, path=path, resolution=manifest.resolution, labelled=_labelled(manifest))
+    classes = None if manifest.classes is None else len(manifest.classes)
+    labelled = classes is not None or manifest.labels is not None
+    check = partial(_check, path=path, resolution=manifest.resolution, labelled=labelled, classes=classes)
     tasks = [samples[r.start : r.stop] for r in in_tasks(len(samples), task_size(manifest.resolution))]
     found = chain.from_iterable(map_in_order(check, tasks, min(workers or available_cpus(), len(tasks))))
     yield from with_progress(found, len(samples), f"checking {manifest.name} at {manifest.resolution} px", progress)
 
 
-def _labelled(manifest: Manifest) -> bool:
-    return manifest.classes is not None or manifest.labels is not None
-
-
-def _check(samples: Sequence[_Sample], *, path: Path, resolution: int, labelled: bool) -> list[list[Fault]]:
+def _check(
+    samples: Sequence[_Sample], *, path: Path, resolution: int, labelled: bool, classes: int | None
+) -> list[list[Fault]]:
     """Do one task, in a worker."""
-    return [list(_faults_of_sample(path, sample, resolution, labelled)) for sample in samples]
+    return [list(_faults_of_sample(path, sample, resolution, labelled, classes)) for sample in samples]
 
 
-def _faults_of_sample(path: Path, sample: _Sample, resolution: int, labelled: bool) -> Iterator[Fault]:
+def _faults_of_sample(
+    path: Path, sample: _Sample, resolution: int, labelled: bool, classes: int | None
+) -> Iterator[Fault]:
     def fault(cause: str, lost: bool) -> Fault:
         return Fault(sample.shard, sample.key, cause, lost)
 
@@ -265,13 +294,16 @@ def _faults_of_sample(path: Path, sample: _Sample, resolution: int, labelled: bo
         return
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "PPM")) as image:
-            image.load()
-            if image.size != (resolution, resolution):
+            if image.size != (resolution, resolution):  # before there is room made for its pixels
                 raise ValueError(f"it is {image.width}x{image.height} pixels")
+            if image.format == "PPM" and not data.startswith(_PPM):
+                raise ValueError("it is a PPM of another kind")
+            image.load()
     except Exception as error:  # decoders raise anything at all on broken files
-        yield fault(f"cannot be decoded ({error})", True)
+        yield fault(f"cannot be decoded ({one_line(error)})", True)
         return
-    if labelled and sample.label is None:
+    known = sample.label in range(classes) if classes is not None else isinstance(sample.label, tuple)
+    if labelled and not known:
         yield fault("its label is missing or damaged", True)
     if (cause := _wrong_header(path, sample)) is not None:
         yield fault(cause, False)
@@ -279,9 +311,9 @@ def _faults_of_sample(path: Path, sample: _Sample, resolution: int, labelled: bo
 
 def _wrong_header(path: Path, sample: _Sample) -> str | None:
     """Return what is wrong with the header before an image, which other readers of the tar go by."""
-    with open(path / sample.shard, "rb") as file:
-        file.seek(sample.offset - tarfile.BLOCKSIZE)
-        block = file.read(tarfile.BLOCKSIZE)
+    if sample.offset < tarfile.BLOCKSIZE:
+        return "there is no room for a header before it"
+    block = _bytes_at(path / sample.shard, sample.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
@@ -292,6 +324,12 @@ def _wrong_header(path: Path, sample: _Sample) -> str | None:
 
 
 def _bytes_of(path: Path, sample: _Sample) -> bytes:
-    with open(path / sample.shard, "rb") as file:
-        file.seek(sample.offset)
-        return file.read(sample.size)
+    return _bytes_at(path / sample.shard, sample.offset, sample.size)
+
+
+def _bytes_at(path: Path, offset: int, size: int) -> bytes:
+    """Return bytes of a file, fewer where it ends; whatever is asked for, nothing larger than the file is allocated."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        file.seek(min(offset, length))
+        return file.read(min(size, length))

@@ -12,10 +12,12 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 Architecture = Literal["skip", "resnet", "orig"]
 Conditioning = Literal["projection", "aux", "both"]
@@ -382,13 +384,13 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
+            near = difflib.get_close_matches(one_line(key), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
-            raise UserError(f"{where}: unknown option {key!r}; {hint}")
+            raise UserError(f"{where}: unknown option {one_line(repr(key))}; {hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}: {key} is {value!r}; expected a section of options")
+                raise UserError(f"{where}: {key} is {one_line(repr(value))}; expected a section of options")
             arguments[key] = from_mapping(typing.cast(type, hint_type), value, f"{where}, section {key}")
         else:
             arguments[key] = _checked(value, hint_type, f"{where}: {key}")
@@ -404,11 +406,12 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             if value in typing.get_args(choice):
                 return value
         elif choice is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):  # as `inf` is it refused by name
+                return float(value)
         elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
             return value
     accepted = " or ".join(
         " | ".join(map(str, typing.get_args(c))) if typing.get_origin(c) is Literal else getattr(c, "__name__", str(c))
         for c in choices
     )
-    raise UserError(f"{where} is {value!r}; expected {accepted}".replace("NoneType", "null"))
+    raise UserError(f"{where} is {one_line(repr(value))}; expected {accepted}".replace("NoneType", "null"))

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's root."""
 
-# For foreign_checkpoints, which makes the files that three folders' tests read, watchdog, which two folders' tests keep,
+# For foreign_checkpoints, which makes files that three folders' tests read, watchdog, which two folders' tests keep,
 # poisoned_train and tiny_runs; pytest's importlib mode leaves them out.
 sys.path += [str(ROOT / "tests" / folder) for folder in ("cli", "interop", "training")]
 

@@ -31,6 +31,7 @@ FOR_ALL = {
     "stylepipe.config",
     "stylepipe.config_checks",
     "stylepipe.images",
+    "stylepipe.parsing",
     "stylepipe.run_files",
     "stylepipe.version",
 }

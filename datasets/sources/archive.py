@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from stylepipe.datasets.photos import printable
 from stylepipe.datasets.sources import MAX_FILE_BYTES
 from stylepipe.datasets.sources.tars import Member, scan_tar
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 LABEL_SUFFIXES = (".cls", ".json")
 
@@ -28,20 +28,22 @@ class ZipSource:
         self._archive: zipfile.ZipFile | None = None
         try:
             infos = [info for info in self._open().infolist() if not info.is_dir()]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: is no zip archive that can be read ({error}); copy it again") from error
+        except Exception as error:  # zipfile has no one kind for damage
+            found = one_line(error) or type(error).__name__
+            raise UserError(f"{path}: is no zip archive that can be read ({found}); copy it again") from error
         encrypted = {info.filename for info in infos if info.flag_bits & 1}
         self.files, self.skipped = sorted_out([info.filename for info in infos], encrypted)
 
     def read(self, name: str) -> bytes:
         try:
-            with self._open().open(name) as file:
-                data = file.read(MAX_FILE_BYTES + 1)  # whatever size the archive claims
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
-            raise ValueError(str(error) or type(error).__name__) from error
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-        return data
+            archive = self._open()
+            if archive.getinfo(name).file_size > MAX_FILE_BYTES:  # never more is read than is claimed
+                raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+            return archive.read(name)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # zipfile and its decompressors have no one kind for damage
+            raise ValueError(one_line(error) or type(error).__name__) from error
 
     def stamps(self) -> Iterator[bytes]:
         yield _stamp(self.path)
@@ -125,7 +127,7 @@ def sorted_out(names: Iterable[str], encrypted: set[str]) -> tuple[tuple[str, ..
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts:
             skipped.append(Skipped(printable(name), "outside the archive"))
-        elif any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX":
+        elif not parts or any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX":
             skipped.append(Skipped(printable(name), "hidden"))
         elif name in encrypted:
             skipped.append(Skipped(printable(name), "unreadable", "encrypted"))

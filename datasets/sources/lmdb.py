@@ -10,14 +10,16 @@ from typing import Any
 
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.datasets.photos import printable
+from stylepipe.datasets.sources import MAX_FILE_BYTES
+from stylepipe.datasets.sources.lmdb_pages import Entry, entries
 from stylepipe.errors import UserError
 
 DATA_FILE = "data.mdb"
-_OF_RESOLUTION = re.compile(r"(\d+)-\d+")  # keys of databases that hold every image at several resolutions
+_OF_RESOLUTION = re.compile(r"([0-9]{1,9})-[0-9]+")  # keys of databases that hold every image at several resolutions
 
 
 class LmdbSource:
-    """The values of an LMDB; see `stylepipe.datasets.sources.Source`. It is opened for reading, without a lock.
+    """The values of an LMDB; see `stylepipe.datasets.sources.Source`.
 
     Where all keys but `length` are RESOLUTION-NUMBER, as StyleGAN code writes them, those of the highest resolution
     are the images.
@@ -25,25 +27,33 @@ class LmdbSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._environment: Any = None
-        with self._open().begin() as transaction:
-            keys = [os.fsdecode(bytes(key)) for key in transaction.cursor().iternext(values=False)]
-        keys = [key for key in keys if key != "length"]
-        resolutions = [match and int(match[1]) for match in map(_OF_RESOLUTION.fullmatch, keys)]
+        self._descriptor: int | None = None
+        try:
+            places = entries(path / DATA_FILE)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
+            raise UserError(f"{path}: is no LMDB that can be read ({error}); copy it again") from error
+        names = {os.fsdecode(key): place for key, place in places.items() if key != b"length"}
+        resolutions = [match and int(match[1]) for match in map(_OF_RESOLUTION.fullmatch, names)]
         smaller: list[str] = []
-        if keys and all(resolutions):
+        if names and all(resolutions):
             highest = max(resolution for resolution in resolutions if resolution)
-            smaller = [key for key, resolution in zip(keys, resolutions, strict=True) if resolution != highest]
-        kept = set(keys).difference(smaller)
-        self.files = tuple(sorted(kept, key=os.fsencode))
+            smaller = [key for key, resolution in zip(names, resolutions, strict=True) if resolution != highest]
+        self._places: dict[str, Entry] = {name: names[name] for name in names.keys() - set(smaller)}
+        self.files = tuple(sorted(self._places, key=os.fsencode))
         self.skipped = tuple(Skipped(printable(key), "smaller copy") for key in smaller)
 
     def read(self, name: str) -> bytes:
-        with self._open().begin() as transaction:
-            value = transaction.get(os.fsencode(name))
-        if value is None:
-            raise ValueError("the database has no such key any more")
-        return bytes(value)
+        place = self._places[name]
+        if place.size > MAX_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path / DATA_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        data = os.pread(self._descriptor, place.size, place.offset)
+        if len(data) != place.size:
+            raise ValueError(f"the database ends after {len(data):,} of its {place.size:,} bytes")
+        return data
 
     def stamps(self) -> Iterator[bytes]:
         status = os.stat(self.path / DATA_FILE)
@@ -52,17 +62,9 @@ class LmdbSource:
     def label_of(self, name: str) -> None:
         del name
 
-    def _open(self) -> Any:
-        if self._environment is None:
-            try:
-                import lmdb
-            except ImportError as error:
-                raise UserError(f"{self.path}: is an LMDB; pip install 'stylepipe[lmdb]' to read it") from error
-            try:
-                self._environment = lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
-            except lmdb.Error as error:
-                raise UserError(f"{self.path}: is no LMDB that can be read ({error}); copy it again") from error
-        return self._environment
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_environment": None}
+        return {**self.__dict__, "_descriptor": None}
+
+    def __del__(self) -> None:
+        if (descriptor := self.__dict__.get("_descriptor")) is not None:
+            os.close(descriptor)

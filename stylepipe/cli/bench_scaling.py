@@ -30,7 +30,7 @@ from stylepipe.training.allocator import keep_freed_memory
 from stylepipe.training.averaging import SENT_AS, Exchange, Handle, start_sum
 from stylepipe.training.distributed import leave
 from stylepipe.training.engine import Engine
-from stylepipe.training.estimate import _FlopCounter
+from stylepipe.training.estimate import FlopCounter
 from stylepipe.training.timing import amortised, random_batch, time_phases
 
 NODE = 8
@@ -138,7 +138,7 @@ def count_sums(config: Config) -> list[PhaseSums]:
 
     It is sent while the backward pass runs, as on GPUs.
     """
-    counter = _FlopCounter()
+    counter = FlopCounter()
     began: list[tuple[int, float]] = []
 
     def start(tensor: Tensor) -> Handle:

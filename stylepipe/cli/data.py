@@ -17,9 +17,11 @@ from stylepipe.datasets.shards import ShardDataset, open_dataset, stored_levels
 from stylepipe.datasets.verifying import Fault, find_faults, repair
 from stylepipe.errors import UserError
 from stylepipe.images import check_suffix, grid_shape, make_grid, save_image
+from stylepipe.parsing import one_line
 
 EXIT_FAULTS = 1
 _SHOWN = 50  # faults, classes and reasons that are listed one by one
+_LINE = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def inspect(options: Inspect) -> None:
     if options.sheet is not None:
         check_suffix(options.sheet)
     dataset = open_dataset(options.folder)
-    print("\n".join(described(dataset)))
+    print("\n".join(one_line(line, _LINE) for line in described(dataset)))
     if options.sheet is not None:
         columns, rows = grid_shape(dataset.resolution)
         count = min(columns * rows, len(dataset))
@@ -142,7 +144,7 @@ def verify(options: Verify) -> None:
 
 def line_of(fault: Fault) -> str:
     """Return a fault as one line: file, sample, cause."""
-    return f"{fault.file}{f': sample {fault.key}' if fault.key else ''}: {fault.cause}"
+    return one_line(f"{fault.file}{f': sample {fault.key}' if fault.key else ''}: {fault.cause}", _LINE)
 
 
 def faces(options: Faces) -> None:

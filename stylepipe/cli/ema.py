@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from stylepipe.errors import UserError
 from stylepipe.interop.network_file import load_network, read_header, save_network
+from stylepipe.parsing import one_line
 from stylepipe.recipes.growing import grown_so_far
 from stylepipe.run_files import EMA_FOLDER, images_seen_of, kimg_name
 from stylepipe.training.growth import Stage
@@ -142,11 +143,17 @@ def _read(path: Path) -> Stored:
         prefixes = {float(header.metadata["sigma_rel"]): ""} | {float(name): f"{name}/" for name in header.beside}
         images_seen, start = int(header.metadata["images_seen"]), int(header.metadata["ema_start"])
         stored = Stored(path, images_seen, start, prefixes, header.class_name, header.metadata)
-        _stage(stored)
+        stage, full = _stage(stored), header.config["res"]
+        resolutions = [full >> level for level in range(full.bit_length() - 2)]
         if images_seen != images_seen_of(path):
-            raise ValueError(f"its header says it is of {_kimg(images_seen)} kimg")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: holds no averages that training stored ({error}); move it elsewhere") from error
+            raise ValueError(f"its header says it is of {one_line(images_seen)} images")
+        if not (start < images_seen and all(MIN_SIGMA_REL <= length <= MAX_SIGMA_REL for length in prefixes)):
+            raise ValueError("no time that averages are of, or no length that they have")
+        if stage.resolution not in resolutions or not 0 <= stage.alpha <= 1:
+            raise ValueError(f"no stage of a network of {full} px")
+    except (KeyError, ValueError, OverflowError) as error:
+        found = one_line(error)
+        raise UserError(f"{path}: holds no averages that training stored ({found}); move it elsewhere") from error
     return stored
 
 
@@ -188,7 +195,8 @@ def _weighted_sums(
                         for values, fit in zip(sums, fits, strict=True):
                             values[name].add_(tensor, alpha=fit[index][prefix])
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file.path}: damaged, or of another network ({error}); move it elsewhere") from error
+            found = one_line(error)
+            raise UserError(f"{file.path}: damaged, or of another network ({found}); move it elsewhere") from error
     return sums
 
 

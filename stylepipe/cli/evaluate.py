@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def look_up(options: EvaluateOptions) -> tuple[list[str], list[NetworkHeader], S
     for path, header in zip(options.networks, headers, strict=True):
         if "z_dim" not in header.config:
             raise UserError(f"{path}: holds a {header.class_name}; expected a generator")
+        if missing := [key for key in ("res", "c_dim") if key not in header.config]:
+            raise UserError(f"{path}: its header says nothing of {missing[0]}; copy or download it again")
     if len(sizes := sorted({header.config["res"] for header in headers})) > 1:
         raise UserError(f"the networks make images of {sizes} px; measure those of one resolution at a time")
     if options.data is not None and is_stream(options.data):
@@ -155,10 +158,10 @@ def generated_images(
 
 
 def _report(path: Path, header: NetworkHeader, measurements: Sequence[Measurement], options: EvaluateOptions) -> None:
-    images_seen = header.metadata.get("images_seen", "")
+    images_seen = re.fullmatch("[0-9]{1,18}", header.metadata.get("images_seen", ""))
     lines: list[dict[str, Any]] = []
     for measurement in measurements:
-        line = measurement.line(int(images_seen) if images_seen.isdigit() else None, path.name)
+        line = measurement.line(int(images_seen[0]) if images_seen else None, path.name)
         lines.append({**line, "network_sha256": file_sha256(path)})
         print(f"{path.name}: {measurement} ({measurement.settings['images']:,} images)")
     out = _results_file(path, options)

@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 
 from stylepipe.errors import UserError
 from stylepipe.interop.network_file import classes_of
+from stylepipe.parsing import one_line
 
 ALL = "all"
 
@@ -63,8 +64,8 @@ def _number(class_name: str | None, names: list[str] | None, c_dim: int) -> int:
     expected = f"expected 0 to {c_dim - 1}, or {ALL}"
     if names is not None:
         near = difflib.get_close_matches(class_name or "", names, n=1)
-        listed = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-        expected += f", or a name: {listed}" + (f"; did you mean {near[0]!r}?" if near else "")
+        listed = one_line(", ".join(names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+        expected += f", or a name: {listed}" + (f"; did you mean {one_line(near[0])!r}?" if near else "")
     raise UserError(f"--class {class_name or 'missing'}: this network draws {c_dim} classes; {expected}")
 
 

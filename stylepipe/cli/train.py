@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import tyro
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -37,6 +36,7 @@ from stylepipe.datasets.streaming import StreamedDataset, is_stream
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.kernels import native
+from stylepipe.parsing import one_line, parse_yaml
 from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
@@ -116,11 +116,11 @@ def read_config(path: Path | None, init: str | None) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; expected a YAML file of options") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not YAML: {error}") from error
+    except ValueError as error:
+        raise UserError(f"--config {path}: not YAML: {one_line(error)}; expected options by name") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected options by name, found {type(values).__name__}")
     return values

@@ -58,9 +58,12 @@ FOREIGN_SUFFIXES = {".pkl", ".pt"}  # of what `stylepipe convert` reads
 _RESERVED = {"format", "format_version", "stylepipe_version", "class", "config", "beside"}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of settings that make a network large in time or memory though its file is small; other numbers have the last.
-_LARGEST = {"res": 4096, "z_dim": 1 << 16, "mapping_layers": 64}
+_LARGEST = {"res": 4096, "z_dim": 1 << 16, "mapping_layers": 100}
 _LARGEST_OF_OTHERS = 1 << 24
-_COUNTS = ("res", "z_dim", "c_dim")  # that others ask a header for
+# Settings that are no whole numbers, and those that may be null.
+_TEXTS = {"architecture", "half_dtype", "norm", "conditioning", "last_layer"}
+_FRACTIONS = {"conv_clamp", "alpha"}
+_OPTIONAL = {"half_dtype", "conv_clamp"}
 
 
 @dataclass(frozen=True)
@@ -312,13 +315,13 @@ def _read_fields(path: Path) -> dict[str, str]:
 
 
 def _settings(values: Any) -> dict[str, Any]:
-    """Return the settings of a network as its class takes them; raise ValueError where no network has such."""
+    """Return the settings of a network; raise ValueError where one is of a kind or a size that no network has."""
     for name, value in values.items():
+        kinds = str if name in _TEXTS else (int, float) if name in _FRACTIONS else int
+        right = isinstance(value, kinds) or (value is None and name in _OPTIONAL)
         largest = _LARGEST.get(name, _LARGEST_OF_OTHERS)
-        if isinstance(value, (int, float)) and not abs(value) <= largest:  # NaN too
-            raise ValueError(f"{name} {one_line(value)}; expected at most {largest}")
-        if not isinstance(value, (str, int, float, type(None))) or (name in _COUNTS and type(value) is not int):
-            raise ValueError(f"{name} is a {type(value).__name__}")
+        if not right or (isinstance(value, (int, float)) and not abs(value) <= largest):  # NaN too
+            raise ValueError(f"{name} {value!r}")
     return dict(values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def thinned(curve: Curve, points: int = MAX_POINTS) -> dict[str, Any]:
         if len(finite):
             kept |= {int(finite[curve.y[finite].argmin()]), int(finite[curve.y[finite].argmax()])}
         middles.append(int(curve.x[bucket[len(bucket) // 2]]))
-        means.append(float(curve.y[finite].mean()) if len(finite) else np.nan)
+        with np.errstate(over="ignore"):
+            means.append(float(curve.y[finite].mean()) if len(finite) else np.nan)
     chosen = sorted(kept)
     return {
         "x": curve.x[chosen].tolist(),
@@ -108,8 +110,11 @@ def trained_seconds(curve: Curve | None) -> float | None:
         return None
     first = curve.x[0] if len(curve.x) == 1 else min(curve.x[0], curve.x[1] - curve.x[0])
     images = np.diff(curve.x, prepend=curve.x[0] - first)
-    return float(np.nansum(curve.y * images / 1000))
+    with np.errstate(over="ignore"):
+        seconds = float(np.nansum(curve.y * images / 1000))
+    return seconds if math.isfinite(seconds) else None
 
 
 def _rounded(values: NDArray[np.float64]) -> list[float | None]:
-    return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
+    rounded = [float(f"{value:.5g}") for value in values]
+    return [value if math.isfinite(value) else None for value in rounded]

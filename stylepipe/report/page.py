@@ -197,7 +197,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     speed, seconds = latest(curves.get(TIME_KEY)), trained_seconds(curves.get(TIME_KEY))
     memory, processes = latest(curves.get(MEMORY_KEY)), latest(curves.get(WORLD_SIZE_KEY))
     facts: list[tuple[str, str | None]] = [
-        ("Resolution", f"{config['res']} px" if config.get("res") is not None else None),
+        ("Resolution", f"{shown(config['res'])} px" if config.get("res") is not None else None),
         ("Preset", shown(config["preset"]) if "preset" in config else None),
         ("Networks", shown(network["kind"]) if isinstance(network, dict) and "kind" in network else None),
         ("Data", ", ".join(data) or None),

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 MAX_MOMENTS = 80
 CLIP_SHARE = 1 / 3  # of the room for pictures that clips may take
+MAX_PIXELS = 1 << 25  # of one picture: eight times what the largest grid has
 MIN_CELL = 64  # pixels: rather than a smaller face, fewer faces
 _LEAST_BYTES_PER_PIXEL = 0.02  # WebP of less is not worth looking at, nor trying
 _GAIN = 0.7  # of a treatment over the one before, per pixel, at the most
@@ -278,7 +279,9 @@ def cells_of(run: Run, size: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def _treated(path: Path, treatment: Treatment | None, cell: int) -> Picture:
-    with Image.open(path) as image:
+    with _opened(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError("no picture of a run is that large")
         image.load()  # finds damage
         if treatment is None:
             mime = Image.MIME.get(image.format or "", "image/png")
@@ -291,6 +294,11 @@ def _treated(path: Path, treatment: Treatment | None, cell: int) -> Picture:
     content = io.BytesIO()
     shown.save(content, "WEBP", quality=treatment.quality, method=2)
     return Picture("image/webp", content.getvalue())
+
+
+def _opened(path: Path) -> Image.Image:
+    """Open a picture of the kinds that runs write; Pillow would run programs for some others."""
+    return Image.open(path, formats=("PNG", "GIF"))
 
 
 def _cells_shown(size: tuple[int, int], cell: int, side: int) -> tuple[int, int]:
@@ -345,7 +353,7 @@ def _bytes_of(path: Path) -> int:
 def _size(path: Path) -> tuple[int, int] | None:
     """Return the width and height that a picture's head tells, if it can be read."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from stylepipe.errors import UserError
 from stylepipe.interop.network_file import read_header
+from stylepipe.parsing import one_line, parse_json, parse_yaml
 from stylepipe.run_files import (
     BEST_NETWORK,
     CLIPS_FOLDER,
@@ -206,8 +205,8 @@ def _read_config(run: Run) -> None:
         return
     run.config_text = _text(text)
     try:
-        config = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        config = parse_yaml(text)
+    except ValueError as error:
         run.problems.append(f"{CONFIG_FILE}: no YAML ({_first_line(error)})")
         return
     if isinstance(config, dict):
@@ -286,7 +285,7 @@ def _read_best(run: Run) -> None:
     if not (run.path / BEST_NETWORK).exists():
         return
     try:
-        run.best = int(read_header(run.path / BEST_NETWORK).metadata["images_seen"])
+        run.best = _images_seen(int(read_header(run.path / BEST_NETWORK).metadata["images_seen"]))
     except (UserError, OSError, KeyError, ValueError) as error:
         run.problems.append(f"{BEST_NETWORK}: does not say its images_seen ({_first_line(error)})")
 
@@ -295,7 +294,7 @@ def _by_images_seen(run: Run, folder: str, suffix: str) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in sorted((run.path / folder).glob(f"[0-9]*{suffix}")):
         try:
-            found[images_seen_of(path)] = path
+            found[_images_seen(images_seen_of(path))] = path
         except (ValueError, OverflowError):
             run.problems.append(f"{folder}/{_text(path.name)}: its name is no kimg")
     return dict(sorted(found.items()))
@@ -305,7 +304,7 @@ def _data(run: Run) -> dict[str, Any]:
     """Find out what a run is trained on: its newest state says, or else the newest score, or the settings."""
     said: list[Any] = []
     for path in sorted(run.path.glob("state-*/state.json"))[-1:]:
-        said.append(_attempt(run, str(path.relative_to(run.path)), lambda path: json.loads(path.read_bytes())))
+        said.append(_attempt(run, str(path.relative_to(run.path)), lambda path: parse_json(path.read_bytes())))
         said = [one["info"].get("data") for one in said if isinstance(one, dict) and isinstance(one.get("info"), dict)]
     said += [score.settings.get("data") for score in run.scores[-1:]]
     data: dict[str, Any] = next((one for one in said if isinstance(one, dict) and one.get("name")), {})
@@ -323,14 +322,12 @@ def _json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             seen = values["images_seen"]
             if seen is None:  # of a network from elsewhere, which does not say
                 continue
-            if isinstance(seen, bool) or not 0 <= seen < 2**53:  # the page's numbers are doubles
-                raise ValueError(seen)
-            values["images_seen"] = int(seen)
-        except (ValueError, KeyError, TypeError, RecursionError):
+            values["images_seen"] = _images_seen(seen)
+        except (ValueError, KeyError, TypeError):
             wrong.append(number)
         else:
             yield values
@@ -343,13 +340,23 @@ def _json_lines(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 def _attempt(run: Run, name: str, read: Callable[[Path], T]) -> T | None:
     """Return what reading a file of the run gives; None if it is not there, or cannot be read, which is named."""
+    path = run.path / name
     try:
-        return read(run.path / name)
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise ValueError("is no file")
+        return read(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         run.problems.append(f"{name}: cannot be read ({_first_line(error)})")
         return None
+
+
+def _images_seen(value: Any) -> int:
+    """Return an image counter; raise ValueError or TypeError where it is none, or none that a page can show."""
+    if isinstance(value, bool) or not 0 <= value < 2**53:  # the page's numbers are doubles
+        raise ValueError("no number of images")
+    return int(value)
 
 
 def _number(value: float | None) -> float:
@@ -371,4 +378,4 @@ def _counted(lines: int) -> str:
 
 def _first_line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return _text(text.strip().partition("\n")[0]) or type(error).__name__
+    return one_line(text) or type(error).__name__

@@ -142,6 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "private, max-age=86400, immutable" if cached else "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        # No page of elsewhere, which this browser shows as well, may show this one or its pictures within itself.
+        self.send_header("X-Frame-Options", "DENY")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         self.wfile.write(content)
 

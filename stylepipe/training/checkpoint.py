@@ -21,6 +21,7 @@ from torch import Tensor
 from stylepipe.datasets.shards import file_sha256
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
+from stylepipe.parsing import one_line, parse_json
 from stylepipe.run_files import kimg_name, network_files
 from stylepipe.training.power_ema import averages_files
 
@@ -123,20 +124,25 @@ def load_state(path: Path) -> State:
         raise UserError(f"--resume {path}: no state; expected a folder named state-<kimg>")
     remedy = "delete that folder to go on from an older one, or give another with --resume"
     try:
-        description = json.loads((path / "state.json").read_text())
+        description = parse_json((path / "state.json").read_bytes())
         version = description["format_version"]
         if version > FORMAT_VERSION:
             raise UserError(
-                f"{path}: state of format {version}, but this stylepipe reads up to {FORMAT_VERSION}; upgrade it"
+                f"{path}: state of format {one_line(version)}, but this stylepipe reads up to {FORMAT_VERSION}; "
+                f"upgrade it"
             )
         if version < 1:
-            raise UserError(f"{path}: state of format {version}, which no stylepipe has written; expected 1")
+            raise UserError(f"{path}: state of format {one_line(version)}, which no stylepipe has written; expected 1")
         tensor_file = path / "state.safetensors"
         if file_sha256(tensor_file) != description["sha256"]:
             raise DamagedStateError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
-        return State(
-            path, description["images_seen"], load_file(tensor_file), description["layout"], description["info"]
-        )
+        images_seen, layout, info = (description[key] for key in ("images_seen", "layout", "info"))
+        shapes = [shape for network in layout.values() for shape in network.values()]
+        if type(images_seen) is not int or images_seen < 0 or not isinstance(info, dict):
+            raise ValueError("it has no number of images, or says nothing else")
+        if not all(isinstance(shape, list) for shape in shapes):
+            raise ValueError("its layout is none")
+        return State(path, images_seen, load_file(tensor_file), layout, info)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise DamagedStateError(f"{path}: not a whole state, {missing} is missing; {remedy}") from error
@@ -144,8 +150,8 @@ def load_state(path: Path) -> State:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see to its permissions and to the disk") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise DamagedStateError(f"{path}: not a readable state ({error}); {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DamagedStateError(f"{path}: not a readable state ({one_line(error)}); {remedy}") from error
 
 
 def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> None:
@@ -262,8 +268,8 @@ def _is_healthy(path: Path) -> bool:
 def _info(path: Path) -> Mapping[str, Any]:
     """Return what a state says beside its tensors; of a damaged one, that it is not healthy."""
     try:
-        return dict(json.loads((path / "state.json").read_text())["info"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return dict(parse_json((path / "state.json").read_bytes())["info"])
+    except (OSError, ValueError, KeyError, TypeError):
         return {"healthy": False}
 
 

@@ -97,7 +97,7 @@ def _cost(
     )
     labels = torch.zeros(batch_gpu, c_dim, device=device)
     micro_batch = MicroBatch(list(range(batch_gpu)), stage, img if phase.uses_reals else None, labels)
-    with _FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FlopCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for term in phase.loss(micro_batch, Record(device)):
             peak = max(peak, sum(kept.values()))
             torch.autograd.grad(term, trained[phase.trains], allow_unused=True)
@@ -105,7 +105,7 @@ def _cost(
     return counter.flops, peak + _LARGEST_TEMPORARIES * largest
 
 
-class _FlopCounter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Adds up what matrix products and convolutions do; PyTorch's own counter fails on R1's inner gradient."""
 
     def __init__(self) -> None:

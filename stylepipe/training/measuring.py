@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path
 from stylepipe.metrics.registry import WITHOUT_BEST, metrics_named, parse_names
+from stylepipe.parsing import parse_json
 from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, network_file, network_files
 from stylepipe.training.distributed import on_main_process, together
 from stylepipe.training.evaluation import Evaluation, Measurement, MeasuringStoppedError
@@ -220,11 +220,24 @@ def measured_lines(out: Path) -> Iterator[dict[str, Any]]:
         text = (out / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    for line in text.splitlines():
+    for text_of_line in text.splitlines():
         try:
-            yield json.loads(line)
+            line = parse_json(text_of_line)
         except ValueError:
             continue
+        if _is_measured(line):
+            yield line
+
+
+def _is_measured(line: Any) -> bool:
+    """Tell whether this is what `Measurement.line` returns."""
+    if not isinstance(line, dict):
+        return False
+    of_types = {"metric": str, "network": str, "results": dict, "settings": dict, "images_seen": int | None}
+    if not all(key in line and isinstance(line[key], of) for key, of in of_types.items()):
+        return False
+    numbers = list(line["results"].values())
+    return "best" in line and bool(numbers) and all(isinstance(n, int | float | None) for n in numbers)
 
 
 def best_metric_of(config: Config, evaluation: Evaluation | None) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from stylepipe.files import atomic_path, locked
+from stylepipe.parsing import parse_json
 from stylepipe.run_files import LOG_FILE, METRICS_FILE, STATS_FILE
 
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt}, {remaining} left{postfix}"
@@ -193,7 +194,7 @@ def _log_position(line: str) -> int:
 
 def _stats_position(line: str) -> int:
     """Read the images seen from a line of stats.jsonl or metrics.jsonl; raise a ValueError for a damaged one."""
-    return int(json.loads(line)["images_seen"] or 0)  # networks from elsewhere do not say
+    return int(parse_json(line)["images_seen"] or 0)  # networks from elsewhere do not say
 
 
 def _drop_later_lines(path: Path, position: Callable[[str], int], images_seen: int) -> None:
@@ -205,7 +206,7 @@ def _drop_later_lines(path: Path, position: Callable[[str], int], images_seen: i
         try:
             if line.endswith("\n") and position(line) <= images_seen:
                 kept.append(line)
-        except ValueError:
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     with atomic_path(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

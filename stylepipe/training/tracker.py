@@ -303,6 +303,8 @@ class Tracker:
 class _WandbService:
     """W&B's own process, wandb-core: it writes a run's file and uploads it, and it may die or fail to write.
 
+    To W&B it is the logger that gets what would be printed.
+
     Args:
         run: of `wandb.init`.
         tell: is told where W&B gives up uploading, as when the server refuses what it is sent.
@@ -314,7 +316,7 @@ class _WandbService:
     def __init__(self, run: Any, tell: Callable[[str], None]) -> None:
         import wandb
 
-        wandb.termsetup(wandb.Settings(silent=True), self)  # from here on, that is: resuming offline is none of ours
+        wandb.termsetup(wandb.Settings(silent=True), self)
         self.folder: str = run.sync_dir
         self._tell = tell
         self._process = next(iter(_wandb_processes()), None)
@@ -323,7 +325,7 @@ class _WandbService:
 
     def failure(self) -> str | None:
         """Return why the run cannot be logged any more, or None; called after something has been logged."""
-        if self._process is not None and self._process not in _wandb_processes():
+        if self._process is not None and not _runs_wandb(self._process):
             return "its process wandb-core has ended"
         if self._file is None or time.monotonic() - self._looked < STUCK_S:
             return None
@@ -423,12 +425,14 @@ def _failure_of(call: Callable[[], None]) -> BaseException | None:
 
 
 def _wandb_processes() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
-    return found
+    return [child for child in psutil.Process().children() if _runs_wandb(child)]
+
+
+def _runs_wandb(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == "wandb-core" and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill_wandb() -> None:
