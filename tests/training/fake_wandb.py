@@ -24,8 +24,8 @@ def quiet_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")  # the tracker sets it, and it would outlive the test
-    for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_NAME", "WANDB_IDENTITY_TOKEN_FILE"):
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "")  # the tracker sets it, and that would outlive the test
+    for name in ("WANDB_ERROR_REPORTING", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_NAME", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     yield
     if "wandb" in sys.modules:
