@@ -49,6 +49,8 @@ def bench_saving(options: Saving, accelerator: Accelerator) -> dict[str, Any]:
     config = settle(options.config, accelerator)
     if not isinstance(config.batch_gpu, int):
         raise UserError(f"--batch-gpu {config.batch_gpu}: expected a number; a benchmark must be repeatable")
+    if not options.folder.is_dir():
+        raise UserError(f"--folder {options.folder}: no such folder; expected one on the disk to measure")
     engine = Engine(GANRecipe(config, accelerator.device), optim=config.optim, ema=config.ema)
     images, labels = random_batch(engine, engine.recipe.schedule.final(), c_dim=0)
     copies, rounds = HostCopies(), []

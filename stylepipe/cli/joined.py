@@ -30,5 +30,7 @@ def joined() -> Iterator[Accelerator]:
             keep_freed_memory()
             use_all_cores()
         yield accelerator
-    finally:
-        leave()
+    except BaseException:
+        leave(together=False)
+        raise
+    leave()

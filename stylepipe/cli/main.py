@@ -67,10 +67,10 @@ def run(command: str, argv: Sequence[str]) -> int:
         if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
             raise
         print(f"error{_process()}: {error}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return _ended(EXIT_MISTAKE)
     except ProcessLostError as error:
         print(f"error{_process()}: {error}; start the same command to go on from the newest state", file=sys.stderr)
-        return EXIT_LOST
+        return _ended(EXIT_LOST)
     except BrokenPipeError:  # such as `stylepipe train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
         return EXIT_BROKEN_PIPE
@@ -83,6 +83,16 @@ def run(command: str, argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _ended(exit_code: int) -> int:
+    """Return the exit code; where the end of this process would wait for others, end it here."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
 
 
 def _process() -> str:

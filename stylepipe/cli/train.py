@@ -50,6 +50,7 @@ from stylepipe.training.measuring import best_metric_of, evaluation_of
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
 from stylepipe.training.trainer import Trainer
+from stylepipe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def train(config: Config, accelerator: Accelerator) -> None:
     """Run the training that `config` asks for, to its end or until it is asked to stop."""
     config = on_every_process(accelerator, settle, config, accelerator)
+    with Watchdog(config.stall_minutes * 60):
+        train_watched(config, accelerator)
+
+
+def train_watched(config: Config, accelerator: Accelerator) -> None:
+    """Run the training of settled options."""
     state = shared_state(config, accelerator)
     with activity.during("preparing the data", "unlimited"):
         dataset, c_dim = on_every_process(accelerator, look_up, config, state, accelerator)
@@ -145,8 +152,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     config = replace(config, metrics=measured, best_metric=best_metric_of(config, evaluation))
     out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
     with ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(only_run_in(out))
+        on_main_process(accelerator, stack.enter_context, only_run_in(out, state))
         recipe = make_recipe(config, dataset, c_dim, accelerator)
         lines = [STREAM_NOTICE] if isinstance(dataset, StreamedDataset) else []
         origin: dict[str, str] = {}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stylepipe.datasets.shards import file_sha256
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path
+from stylepipe.files import atomic_path, flush_entry
 from stylepipe.parsing import one_line, parse_json
 from stylepipe.run_files import kimg_name, network_files
 from stylepipe.training.power_ema import averages_files
@@ -49,6 +49,7 @@ class State:
         tensors: the engine's tensors by name, on the CPU; only the main process has them.
         layout: shape of every parameter, by network and name.
         info: everything else, such as the tracker's run id.
+        passed_over: states of the same run that are newer, and damaged.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class State:
     tensors: Mapping[str, Tensor]
     layout: Mapping[str, Mapping[str, list[int]]]
     info: Mapping[str, Any]
+    passed_over: tuple[Path, ...] = ()
 
 
 def save_state(
@@ -88,9 +90,12 @@ def save_state(
             "info": info,
         }
         (folder / "state.json").write_text(json.dumps(description, indent=1) + "\n")
+    before = path.with_name(f".{path.name}.deleted.tmp")
     if path.exists():
-        _delete(path)
+        path.rename(before)
     whole.rename(path)
+    flush_entry(out)
+    shutil.rmtree(before, ignore_errors=True)
     return path
 
 
@@ -180,16 +185,17 @@ def newest_whole_state(out: Path) -> tuple[State | None, list[DamagedStateError]
     """Read the state in `out` with the most images seen of those that are as they were written.
 
     Returns:
-        the state, None if there is none at all; and what is wrong with each newer one.
+        the state, with the newer ones that were passed over, None if there is none; and what is wrong with those.
 
     Raises:
         DamagedStateError: none is whole.
         UserError: as for `load_state`.
     """
     wrong: list[DamagedStateError] = []
-    for path in sorted(_states(out), reverse=True):
+    states = sorted(_states(out), reverse=True)
+    for path in states:
         try:
-            return load_state(path), wrong
+            return replace(load_state(path), passed_over=tuple(states[: len(wrong)])), wrong
         except DamagedStateError as error:
             wrong.append(error)
     if wrong:
@@ -217,11 +223,10 @@ def prune_states(out: Path, keep: int) -> None:
             _delete(path)
 
 
-def set_aside_damaged(out: Path, newest: Path) -> None:
-    """Rename the states of `out` that are later than one that was read: they were found damaged."""
-    for path in _states(out):
-        if path.name > newest.name:
-            path.rename(_free(out / path.name.replace("state", DAMAGED, 1)))
+def set_aside_damaged(paths: Sequence[Path]) -> None:
+    """Rename states that were found damaged."""
+    for path in paths:
+        path.rename(_free(path.with_name(path.name.replace("state", DAMAGED, 1))))
 
 
 def set_aside_later(out: Path, path: Path | None) -> None:

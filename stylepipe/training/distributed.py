@@ -17,8 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from stylepipe.datasets.processes import available_cpus
 from stylepipe.errors import ProcessLostError, UserError
@@ -26,12 +27,12 @@ from stylepipe.training import activity
 
 T = TypeVar("T")
 
-# What waits for another process is ended by `stylepipe.training.watchdog`, which knows what for, not by torch's own
-# limit: data may take hours to prepare.
+# Once they have met, who waits for another process is ended by `stylepipe.training.watchdog`, which knows what for, not
+# by torch's own limit: data may take hours to prepare.
 _NO_LIMIT = timedelta(days=365)
 
-# What gloo says where the other end is gone.
-_OF_A_LINK = re.compile("gloo|connection|peer|socket|store", re.IGNORECASE)
+# What is said where the other end is gone.
+_OF_A_LINK = re.compile(r"\bgloo\b|connection|broken pipe|remote process|timed out|socket|aborted", re.IGNORECASE)
 
 _hosts: dist.ProcessGroup | None = None  # where processes talk without their GPUs, if those are what they talk by
 
@@ -43,13 +44,12 @@ def make_accelerator() -> Accelerator:
     """
     global _hosts
     # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.train.settle`.
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_NO_LIMIT)],
-    )
-    if dist.is_initialized() and dist.get_backend() != "gloo":
-        _hosts = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    if dist.is_initialized():
+        if dist.get_backend() != "gloo":
+            _hosts = dist.new_group(backend="gloo")
+        for group in filter(None, (dist.group.WORLD, _hosts)):
+            _set_pg_timeout(_NO_LIMIT, group)
     return accelerator
 
 
@@ -77,8 +77,10 @@ def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
     try:
         with activity.during(f"waiting for {what}" if kind == "waiting" else what, kind):
             yield
+    except ProcessLostError:
+        raise
     except RuntimeError as error:  # what torch.distributed raises is of several kinds
-        if not isinstance(error, dist.DistError) and _OF_A_LINK.search(str(error)) is None:
+        if _OF_A_LINK.search(str(error)) is None:
             raise
         raise ProcessLostError(
             f"lost another process of this training, while waiting for {what}: it has ended, which its own message "
@@ -163,7 +165,7 @@ def on_every_process(accelerator: Accelerator, function: Callable[..., T], *argu
 def _attempt(function: Callable[..., T], arguments: Sequence[Any]) -> tuple[T | None, str | None]:
     try:
         return function(*arguments), None
-    except UserError as error:
+    except (UserError, OSError) as error:
         return None, str(error)
 
 
@@ -175,7 +177,11 @@ def _fail_together(accelerator: Accelerator, failure: str | None) -> None:
     sys.exit(2)  # the message is the main process's to print
 
 
-def leave() -> None:
-    """Leave the process group; without this, processes now and then abort at exit."""
-    if dist.is_initialized():
+def leave(together: bool = True) -> None:
+    """Leave the process group; without this, processes now and then abort at exit.
+
+    Args:
+        together: the others do so as well. Else NCCL, which would wait for them, is left as it is.
+    """
+    if dist.is_initialized() and (together or dist.get_backend() == "gloo"):
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from torch import Tensor
 class HostCopies:
     """Room for copies of tensors, kept from one time to the next: to ask for fresh memory takes ten times the copying.
 
-    For a CUDA device it is page-locked, so that neither the host nor, for more than the copying, the device waits.
+    For a CUDA device it is page-locked where that can be had, so that copying waits for nothing but what is copied.
 
     Attributes:
         reader: what reads the copies in another thread, if anything; new ones are not taken before it has ended.
@@ -47,5 +47,8 @@ class HostCopies:
     def _room(self, name: str, tensor: Tensor) -> Tensor:
         room = self._copies.get(name)
         if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            try:
+                room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            except RuntimeError:  # there is a limit to page-locked memory, in containers above all
+                room = torch.empty(tensor.shape, dtype=tensor.dtype)
         return room

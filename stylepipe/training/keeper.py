@@ -47,6 +47,7 @@ class Keeper:
         self._config, self._out, self._snapshots, self._log = config, out, snapshots, log
         self._tidy, self._alarm = tidy, alarm
         self._failed = False  # what was last to be saved
+        self._log_failed = self._vanished = False
         self.held_s = 0.0
         if log is not None:
             self._write_config()
@@ -82,20 +83,25 @@ class Keeper:
         if self._log is None:
             return
         with activity.during("saving"):
-            written, failure = self._snapshots.settle(wait=wait)
+            written, failed = self._snapshots.settle(wait=wait)
         if any(saving.told is not None for saving in written):
             self._failed = False
-            try:
-                self._tidy()
-            except OSError as error:
-                self._alarm({"tidying": f"older networks could not be deleted: {error}"})
-        if failure is not None:
-            told = f"cannot save to {self._out}: {failure}; older states are still there; make room, it is tried again"
+            self._tidy_up()
+        for saving, reason in failed:
+            if saving.told is None:
+                self._alarm({"averages": f"averages for `stylepipe ema` cannot be saved to {self._out}: {reason}"})
+                continue
+            told = f"cannot save to {self._out}: {reason}; older states are still there; make room, it is tried again"
             if self._failed:  # one alarm is enough
                 self._log.line(told)
             else:
                 self._alarm({"saving": told})
             self._failed = True
+        if self._log.failure is not None and not self._log_failed:
+            self._alarm(
+                {"log": f"the logs cannot be written to {self._out}: {self._log.failure}; their lines are kept"}
+            )
+        self._log_failed = self._log.failure is not None
 
     def finish(self, stage: Stage) -> None:
         """Save what is still to be saved, and wait for it.
@@ -107,14 +113,15 @@ class Keeper:
         self.try_again(stage)
         self.averages(stage)
         with activity.during("saving"):
-            _, failure = self._snapshots.settle(wait=True)
-        if failure is None:
-            self._tidy()
+            _, failed = self._snapshots.settle(wait=True)
+        if not failed:
+            self._failed = False
+            self._tidy_up()
             return
         older = "older states are still there; make room, then start the same command with this --out to go on"
         none = "no state was saved before; make room, then start anew in another --out"
         way_on = none if newest_state(self._out) is None else older
-        raise UserError(f"cannot save to {self._out}: {failure}; nothing half-written is left, and {way_on}")
+        raise UserError(f"cannot save to {self._out}: {failed[0][1]}; nothing half-written is left, and {way_on}")
 
     def show(self, save: Callable[[Stage], None], stage: Stage) -> None:
         """Save pictures; a full disk is no reason to end the training."""
@@ -128,15 +135,23 @@ class Keeper:
 
     def see_to_folder(self) -> None:
         """Make the run's folder anew where somebody has removed it: what is still learnt has to go somewhere."""
-        if self._log is None or self._out.is_dir():
+        if self._log is None or (self._out.is_dir() and not self._vanished):
             return
+        self._vanished = True
         try:
-            self._out.mkdir(parents=True)
+            self._out.mkdir(parents=True, exist_ok=True)
             self._write_config()
             self._log.rewind(self._log.images_seen)
         except OSError:  # the next thing that is saved tells of it
             return
+        self._vanished = False
         self._alarm({"folder": f"{self._out} has vanished and was made anew; what it held before is gone"})
+
+    def _tidy_up(self) -> None:
+        try:
+            self._tidy()
+        except OSError as error:
+            self._alarm({"tidying": f"older networks could not be deleted: {error}"})
 
     def _write_config(self) -> None:
         with atomic_path(self._out / CONFIG_FILE) as path:

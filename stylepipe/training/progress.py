@@ -129,8 +129,10 @@ class RunLog:
 
     def rewind(self, images_seen: int) -> None:
         """Drop what was written later than this: the training goes on from there."""
-        self.close()
+        before = (self._log, self._stats)
         self._open(images_seen)
+        for file in before:
+            file.close()
 
     @property
     def failure(self) -> OSError | None:

@@ -93,11 +93,23 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
 
 
 @contextmanager
-def only_run_in(out: Path) -> Iterator[None]:
-    """Hold a lock on the run's folder that ends with this process, however it ends."""
+def only_run_in(out: Path, state: State | None) -> Iterator[None]:
+    """Hold a lock on the run's folder that ends with this process, however it ends.
+
+    Args:
+        out: the folder.
+        state: what was read before.
+
+    Raises:
+        UserError: another process holds it, or has saved a newer state since.
+    """
     with locked(out / LOCK_NAME, wait=False) as held:
         if not held:
             raise UserError(f"--out {out}: another process is training there; wait for it or give another")
+        known = [] if state is None else [state.path.resolve(), *(path.resolve() for path in state.passed_over)]
+        newest = newest_state(out)
+        if newest is not None and newest.resolve() not in known:
+            raise UserError(f"--out {out}: another process has just saved {newest.name} there; start the command again")
         yield
 
 

@@ -7,10 +7,12 @@ disk.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,8 @@ from stylepipe.training.host_copies import HostCopies
 from stylepipe.training.power_ema import averages_file
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.tracker import Tracker
+
+logger = logging.getLogger(__name__)
 
 CLIP_CELLS, CLIP_SIDE = 4, 128  # images side by side, pixels
 CLIP_STOPS, CLIP_FRAMES, CLIP_FRAME_MS = 3, 36, 80
@@ -146,7 +150,8 @@ class Snapshots:
                 write_network(path, content)
             self._state_copies.wait()
             save()
-            prune_states(self.out, self.config.keep_states)
+            with suppress(OSError):  # what should go and does not is no reason to save again
+                prune_states(self.out, self.config.keep_states)
 
         told = f"{self.out / state_folder(seen)}" + ("" if path is None else f", {path.name}")
         self._begin(Saving(seen, told, path), write, self._network_copies, self._state_copies)
@@ -176,29 +181,32 @@ class Snapshots:
 
         self._begin(Saving(seen, None, None), write, self._average_copies)
 
-    def settle(self, *, wait: bool) -> tuple[list[Saving], str | None]:
-        """Return what has been written since the last time, and why something could not be, if so.
+    def settle(self, *, wait: bool) -> tuple[list[Saving], list[tuple[Saving, str]]]:
+        """Return what has been written since the last time, and what could not be, with the reason.
 
         Args:
             wait: until all that was begun has been written, or has failed.
         """
-        written, failure = [], None
+        written: list[Saving] = []
+        failed: list[tuple[Saving, str]] = []
         while self._under_way and (wait or self._under_way[0][1].done()):
             saving, future = self._under_way.popleft()
             try:
                 future.result()
             except (OSError, SafetensorError, UserError) as error:  # the last: a network that cannot be written
-                failure = str(error)
+                failed.append((saving, str(error)))
                 continue
             written.append(saving)
             if saving.told is not None:
                 self.say(f"saved: {saving.told}", saving.images_seen)
             if saving.network is not None and self.config.tracker_artifacts:
                 self.tracker.log_artifact(saving.network, ["latest"])
-        return written, failure
+        return written, failed
 
     def close(self) -> None:
         """Wait for what is being written."""
+        for _, reason in self.settle(wait=True)[1]:
+            logger.warning("cannot save to %s: %s", self.out, reason)
         self._writer.shutdown()
 
     def set_aside(self) -> tuple[str, Path | None]:

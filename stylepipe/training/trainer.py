@@ -31,7 +31,7 @@ from stylepipe.training.checkpoint import (
     newest_healthy_state,
     set_aside_damaged,
 )
-from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_
+from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_, together
 from stylepipe.training.engine import Engine
 from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.growth import Schedule, Stage, end_of
@@ -47,7 +47,6 @@ from stylepipe.training.settings import changes_since, check_growth, config_mapp
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import FINISH_TIMEOUT_S, STOP_TIMEOUT_S, Tracker
 from stylepipe.training.watch import DiversityWatch
-from stylepipe.training.watchdog import Watchdog
 from stylepipe.version import code_version
 
 logger = logging.getLogger(__name__)
@@ -142,7 +141,7 @@ class Trainer:
             clear_half_files(out)
             own = state is not None and state.path.resolve().parent == out.resolve()
             if state is not None and own:
-                set_aside_damaged(out, state.path)
+                set_aside_damaged(state.passed_over)
             remove_later_averages(out, self.engine.images_seen if own else 0)
         self.log = RunLog(out, resumed) if self.is_main else None
         self.tracker = Tracker(
@@ -170,8 +169,7 @@ class Trainer:
             self.say(line)
         if self.rollbacks:
             self.say(f"rolled back {self.rollbacks} times so far: {self._penalties}")
-        stall_s = self.config.stall_minutes * 60
-        with Interrupt(launcher_process(), self.config.max_hours) as interrupt, Watchdog(stall_s):
+        with Interrupt(launcher_process(), self.config.max_hours) as interrupt:
             self._interrupt = interrupt
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
@@ -448,7 +446,7 @@ class Trainer:
             "Progress/step": self._last.step + 1,
             **self._growth(),
             "Timing/sec_per_kimg": seconds / images * 1000,
-            "Timing/saving_sec": self.keeper.held_s,
+            "Timing/saving_total_sec": self.keeper.held_s,
             "Resources/peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
         if diversity:
@@ -485,7 +483,8 @@ class Trainer:
 
     def _gather_statistics(self) -> dict[str, float]:
         sums = self.engine.record.take_sums()
-        totals = sum_(torch.stack(list(sums.values()))).cpu()
+        with together("statistics"):
+            totals = sum_(torch.stack(list(sums.values()))).cpu()
         return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
 
     def _on_main(self, save: Callable[[], None]) -> None:

@@ -9,16 +9,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from stylepipe.training import activity
 from stylepipe.training.activity import Activity
+
+T = TypeVar("T")
 
 MAX_PERIOD_S = 5.0
 EXIT_STALLED = 1
@@ -71,7 +74,7 @@ class Watchdog:
     ) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(MAX_PERIOD_S)  # it may be asking a machine that answers nothing
 
     def _watch(self) -> None:
         period = min(MAX_PERIOD_S, self._limit_s / 10)
@@ -82,12 +85,11 @@ class Watchdog:
             now = time.monotonic()
             if now - woken > MAX_PERIOD_S + 3 * period:  # this process itself, or its machine, was halted
                 began, heard = now, {}
-            woken = now
             mine = activity.now()
             age = now - max(mine.since, began)
             board.put(mine, age)
-            if age < self._limit_s / 2 or mine.kind == "unlimited":
-                heard = {}
+            if age < self._limit_s / 2:
+                heard, woken = {}, time.monotonic()
                 continue
             beats = board.read()
             for rank in range(dist.get_world_size()):
@@ -100,6 +102,7 @@ class Watchdog:
                 if told is not None:
                     sys.stderr.write(f"error (process {dist.get_rank()}): {told}; {_WAY_ON}\n")
                     os._exit(EXIT_STALLED)
+            woken = time.monotonic()
 
 
 def verdict(
@@ -114,15 +117,17 @@ def verdict(
         silent: for how many seconds some of them have said nothing.
         limit_s: how long is too long.
     """
-    if mine.kind != "waiting":
+    if mine.kind == "working":
         return f"this process has been at {mine.what} for {age_s:.0f} s without getting on"
-    here = f"this one has been {mine.what} for {age_s:.0f} s"
+    here = f"this one has been {'' if mine.kind == 'waiting' else 'at '}{mine.what} for {age_s:.0f} s"
     if not beats:
         return f"the machine of process 0 cannot be reached, and {here}"
     told = []
     for other, seconds in sorted(silent.items()):
         last = f"({beats[other].host}) was at {beats[other].what} and" if other in beats else "has not begun and"
         told.append(f"process {other} {last} has said nothing for {seconds:.0f} s")
+    if mine.kind == "unlimited":
+        return f"{'; '.join(told)}; {here}" if told else None
     loud = {other: beat for other, beat in beats.items() if other not in silent and other != rank}
     told += [
         f"process {other} ({beat.host}) has been at {beat.what} for {beat.age_s:.0f} s without getting on"
@@ -142,23 +147,42 @@ class _Board:
     def __init__(self, timeout_s: float) -> None:
         # A connection of its own: that of the process group is held while a process waits in it.
         self._store = _get_default_store().clone()  # type: ignore[attr-defined] # missing in torch's stubs
-        self._store.set_timeout(timedelta(seconds=max(1.0, timeout_s)))
+        self._timeout_s = max(1.0, timeout_s)
+        self._store.set_timeout(timedelta(seconds=self._timeout_s))
         self._count = 0
+        self._asking: threading.Thread | None = None
 
     def put(self, mine: Activity, age_s: float) -> None:
         self._count += 1
         beat = Beat(self._count, socket.gethostname(), mine.what, mine.kind, age_s)
-        with contextlib.suppress(RuntimeError, ValueError):  # cannot be reached: `read` finds so, when it matters
-            self._store.set(_key(dist.get_rank()), json.dumps(asdict(beat)))
+        self._asked(lambda: self._store.set(_key(dist.get_rank()), json.dumps(asdict(beat))), None)
 
     def read(self) -> dict[int, Beat]:
         """Return what all processes have said; nothing where they cannot be heard."""
+        return self._asked(self._read, {})
+
+    def _read(self) -> dict[int, Beat]:
         keys = [_key(rank) for rank in range(dist.get_world_size())]
-        try:
-            said = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
-        except (RuntimeError, ValueError):
-            return {}
+        said = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
         return {rank: Beat(**json.loads(text)) for rank, text in said.items()}
+
+    def _asked(self, ask: Callable[[], T], without: T) -> T:
+        """Return the answer of the store, or `without` where there is none in time.
+
+        It is asked in a thread of its own: a machine that is cut off lets who asks it wait for many minutes.
+        """
+        if self._asking is not None and self._asking.is_alive():
+            return without
+        answers = [without]
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):  # it cannot be reached, or is closed
+                answers.append(ask())
+
+        self._asking = threading.Thread(target=run, name="asking", daemon=True)
+        self._asking.start()
+        self._asking.join(self._timeout_s)
+        return answers[-1]
 
 
 def _key(rank: int) -> str:

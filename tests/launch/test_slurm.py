@@ -125,6 +125,7 @@ def test_each_task_is_told_its_place(tmp_path: Path) -> None:
         ("--out here --res 64", "train --out here --res 64"),
         ("--res 64 --out=here", "train --res 64 --out=here"),
     ],
+    ids=["none", "out", "out="],
 )
 def test_the_folder_is_the_same_at_each_start(given: str, passed: str, tmp_path: Path) -> None:
     done = run_job(tmp_path, 'echo "$*"', "--ntasks-per-node", "1", str(SCRIPT), *given.split())

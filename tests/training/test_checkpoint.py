@@ -152,7 +152,8 @@ def test_damaged_states_are_passed_over_and_set_aside(tmp_path):
     state, wrong = newest_whole_state(tmp_path)
     assert state.path == paths[0]
     assert [str(error).partition(":")[0] for error in wrong] == [str(paths[2]), str(paths[1])]
-    set_aside_damaged(tmp_path, state.path)
+    assert state.passed_over == (paths[2], paths[1])
+    set_aside_damaged(state.passed_over)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "damaged-000020.000",
         "damaged-000030.000",

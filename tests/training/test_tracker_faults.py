@@ -103,9 +103,10 @@ def fill_up(path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _tidy(quiet_wandb: None) -> Iterator[None]:  # noqa: F811
     yield
-    for core in cores():
-        core.kill()  # of a test that failed
-    gc.collect()  # while the warnings are ignored
+    for core in gc.get_objects():
+        if type(core) is subprocess.Popen and core.returncode is None and "wandb-core" in core.args[0]:
+            core.kill()
+            core.wait()
 
 
 @pytest.fixture
