@@ -84,7 +84,7 @@ def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
             raise
         raise ProcessLostError(
             f"lost another process of this training, while waiting for {what}: it has ended, which its own message "
-            f"tells of, or its machine cannot be reached ({' '.join(str(error).split())})"
+            f"tells of, or its machine cannot be reached ({' '.join(str(error).split()).partition('. ')[0]})"
         ) from error
 
 

@@ -70,7 +70,7 @@ def right_command(processes: int, machines: int = 1) -> str:
     words = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes)]
     if machines > 1:
         words += ["--num_machines", str(machines), "--machine_rank", "RANK", "--main_process_ip", "IP"]
-        words += ["--main_process_port", "29500", "--rdzv_backend", "c10d"]
+        words += ["--main_process_port", "29500"]
     if sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py":
         script, options = sys.argv[0], sys.argv[1:]
     else:  # stylepipe train ..., python -m stylepipe train ...

@@ -31,6 +31,7 @@ from stylepipe.training.checkpoint import (
     DIVERGED,
     amend_state,
     newest_healthy_state,
+    newest_state,
     prune_states,
     save_state,
     set_aside_later,
@@ -135,6 +136,8 @@ class Snapshots:
     def snapshot(self, stage: Stage, *, interim: bool = False) -> None:
         """Begin to save network and state; the state last, so that one that exists has its network beside it.
 
+        The very first state comes before its network: networks without any state would be taken for another run's.
+
         Args:
             stage: of the last step.
             interim: save the state alone, to be deleted when there is a newer one.
@@ -145,11 +148,15 @@ class Snapshots:
         content = None if interim else self._network(stage)
 
         def write() -> None:
-            if path is not None and content is not None:
-                self._network_copies.wait()
-                write_network(path, content)
+            self._network_copies.wait()
             self._state_copies.wait()
-            save()
+            first = newest_state(self.out) is None
+            if first:
+                save()
+            if path is not None and content is not None:
+                write_network(path, content)
+            if not first:
+                save()
             with suppress(OSError):  # what should go and does not is no reason to save again
                 prune_states(self.out, self.config.keep_states)
 

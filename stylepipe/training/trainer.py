@@ -19,7 +19,7 @@ from stylepipe.datasets.processes import available_cpus
 from stylepipe.datasets.reader import Batch
 from stylepipe.datasets.training_data import TrainingData, batches_of
 from stylepipe.errors import UserError
-from stylepipe.run_files import clear_half_files
+from stylepipe.run_files import clear_half_files, network_file
 from stylepipe.training import activity
 from stylepipe.training.alarms import Alarms, divergence_in
 from stylepipe.training.averaging import Exchange
@@ -133,6 +133,7 @@ class Trainer:
         self._stats: dict[str, float] = {}  # of the last tick
         self._data = _nothing()
         self._asked_to_stop = False
+        self._lacks_network = False
         self._waited = 0.0  # seconds for the latest batch that was late
         self._bad: set[str] = set()  # what has been told of images that cannot be read
         self._changes = [] if state is None else changes_since(state, config, dataset)
@@ -142,6 +143,8 @@ class Trainer:
             own = state is not None and state.path.resolve().parent == out.resolve()
             if state is not None and own:
                 set_aside_damaged(state.passed_over)
+                network = out / network_file(state.images_seen)
+                self._lacks_network = not (state.info.get("interim", False) or network.exists())
             remove_later_averages(out, self.engine.images_seen if own else 0)
         self.log = RunLog(out, resumed) if self.is_main else None
         self.tracker = Tracker(
@@ -177,6 +180,8 @@ class Trainer:
             if self.config.on_divergence == "rollback":
                 self._on_main(self._see_to_a_healthy_state)
             self.keeper.averages(self._last)  # a full disk, or another folder, may lack them
+            if self._lacks_network:
+                self.keeper.begin(self._last, interim=False)
             self._make_up_for_measuring()
             on_every_process(self.accelerator, self._open_data)
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen

@@ -24,7 +24,7 @@ import stylepipe
 from stylepipe.cli.main import main
 from stylepipe.presets import PRESETS
 from stylepipe.recipes.gan import GANRecipe
-from stylepipe.training import checkpoint
+from stylepipe.training import checkpoint, snapshots
 from stylepipe.training.checkpoint import load_state
 
 NO_ROOM = OSError(28, "No space left on device")
@@ -199,6 +199,33 @@ def test_a_full_disk_leaves_whole_states_only(shards, tmp_path):
     assert "make room" in output
     assert len(states) >= 1
     assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_a_kill_between_the_first_state_and_its_network_costs_nothing(finished, shards, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in ("state-000000.128", "network-000000.064.safetensors", "network-000000.128.safetensors"):
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(options(shards, out, 0.128, *QUICK)) == 0
+    assert same_end(out, finished)
+    assert same_end(out, finished, "000000.064")
+    made, expected = (load_file(run / "network-000000.064.safetensors") for run in (out, finished))
+    assert largest_difference(made, expected) == 0
+
+
+def test_the_first_state_is_there_before_any_network(shards, tmp_path, monkeypatch):
+    seen = []
+    write = snapshots.write_network
+
+    def noting(path, content):
+        seen.append([state.name for state in out.glob("state-*")])
+        write(path, content)
+
+    monkeypatch.setattr(snapshots, "write_network", noting)
+    out = tmp_path / "out"
+    assert main(options(shards, out, 0.032, *QUICK, "--snapshot-kimg", "0.016", "--ema.posthoc-kimg", "0")) == 0
+    assert seen == [["state-000000.016"], ["state-000000.016"]]
 
 
 def test_what_killed_processes_leave_half_written_is_removed(finished, shards, tmp_path):
