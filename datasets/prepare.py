@@ -39,6 +39,7 @@ from stylepipe.datasets.skips import Skips
 from stylepipe.datasets.sources import Source
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 log = logging.getLogger(__name__)
 
@@ -264,5 +265,5 @@ def _none_usable(source: Path, skipped: Sequence[Skipped]) -> str:
     remedy = "use --min-size 1 or a lower --res" if "smaller" in example.reason else "expected photographs"
     return (
         f"{source}: none of its {len(skipped):,} files gives an image; "
-        f"for instance {example.file}: {example.reason}{detail}; {remedy}"
+        f"for instance {one_line(example.file)}: {one_line(example.reason + detail)}; {remedy}"
     )

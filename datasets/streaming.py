@@ -121,7 +121,7 @@ class StreamedDataset:
             raise UserError(
                 f"--data {redacted(self._data)}: gives {len(first)} images of {self._how.res} px; expected "
                 f"{_PREVIEWED} at least: name more shards, or prepare them (stylepipe prepare)"
-                + (f"; left out, for instance: {left_out[-1]}" if left_out else "")
+                + (f"; left out, for instance: {one_line(left_out[-1])}" if left_out else "")
             )
         return np.stack([first[number].pixels for number in ids])
 

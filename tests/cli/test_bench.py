@@ -38,6 +38,7 @@ def test_a_folder_is_no_file_for_figures(tmp_path, capsys):
     assert f"--json {tmp_path}: cannot write there (Is a directory)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bytes_amortise_the_lazy_phases(tmp_path, capsys):
     path = tmp_path / "bytes.json"
     assert main(["bench", "bytes", "--res", "16", "--precision", "fp32", "--json", str(path)]) == 0

@@ -76,6 +76,7 @@ def test_what_is_counted_is_what_a_training_sends(monkeypatch: pytest.MonkeyPatc
         assert 0 < done[0] <= done[-1] <= 1
 
 
+@pytest.mark.slow
 def test_predictions_are_printed_and_kept(tmp_path, capsys) -> None:
     path = tmp_path / "scaling.json"
     assert main([*COMMAND, "--batch-gpu", "2", "--sec-per-step", "0.001", "--json", str(path)]) == 0

@@ -279,6 +279,7 @@ def test_where_every_state_is_damaged_nothing_begins_anew(finished, shards, tmp_
     assert sorted(path.name for path in out.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_between_two_snapshots_only_the_newest_state_is_kept(finished, shards, tmp_path):
     out = tmp_path / "out"
     more = (*QUICK, "--state-kimg", "0.016", "--snapshot-kimg", "0.048")
@@ -291,7 +292,8 @@ def test_between_two_snapshots_only_the_newest_state_is_kept(finished, shards, t
     assert "saved: " + str(out / "state-000000.112\n") in (out / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("phase", ["g_main", pytest.param("d_main", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["g_main", "d_main"])
 def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, shards, tmp_path, monkeypatch, capsys):
     whole, out = getattr(GANRecipe, phase), tmp_path / "out"
 
@@ -314,9 +316,8 @@ def test_out_of_memory_names_the_option_and_saves_what_can_be(phase, finished, s
     assert same_end(out, finished)
 
 
-@pytest.mark.parametrize(
-    "preset", [name if name == "auto" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_goes_on_to_the_bit_whatever_the_process_has_drawn(preset, shards, tmp_path):
     """No generator of torch's, NumPy's or Python's has any part in a training: there is no state of them to keep."""
     more = (*QUICK, "--preset", preset, "--snapshot-kimg", "1000")

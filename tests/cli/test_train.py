@@ -176,6 +176,7 @@ def test_a_state_of_other_networks_is_refused(finished, shards, tmp_path, capsys
         assert named.format(state=state) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_diverged_run_leaves_its_healthy_state_alone(shards, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(options(shards, out, 0.016)) == 0
@@ -250,6 +251,7 @@ def test_an_older_state_starts_a_run_of_its_own(finished, shards, tmp_path, caps
     assert largest_difference(branch, first) == 0
 
 
+@pytest.mark.slow
 def test_runs_are_numbered(shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -283,6 +285,7 @@ def test_training_on_labels(tmp_path, capsys):
     assert "expected 0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_micro_batch_can_be_chosen_by_free_memory(shards, tmp_path):
     assert main(options(shards, tmp_path / "run", 0.008, "--batch-gpu", "auto")) == 0
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["batch_gpu"] == 8

@@ -273,6 +273,7 @@ def test_an_image_that_cannot_be_read_is_replaced_from_its_window(shards: Path) 
     assert same(batches, take(local, images, 6, skip_bad=True))
 
 
+@pytest.mark.slow
 def test_a_reader_ends_at_once_while_the_server_stalls(shards: Path) -> None:
     local = open_dataset(shards)
     images = local.order(2, seed=3)

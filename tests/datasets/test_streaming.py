@@ -196,6 +196,7 @@ SMALL = ["--res", "16", "--batch-size", "8", "--tracker", "none", "--augment", "
 SMALL += ["--network.channel-base", "128", "--network.channel-max", "8", "--network.z-dim", "16"]
 
 
+@pytest.mark.slow
 def test_training_on_a_stream_says_what_it_is(
     tars: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

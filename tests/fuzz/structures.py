@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 import json
 import struct
@@ -58,7 +60,7 @@ def variants(draw: DrawFn, value: Any) -> Any:
         elif how == "rename" and isinstance(holder, dict):
             holder[draw(st.text(max_size=8))] = holder.pop(key)
         else:
-            holder[key] = draw(_ANYTHING)
+            holder[key] = copy.deepcopy(draw(_ANYTHING))
     return root[0]
 
 
@@ -128,8 +130,6 @@ def array_files(draw: DrawFn, valid: Files) -> Files:
 @st.composite
 def index_files(draw: DrawFn, valid: Files) -> Files:
     """Draw a prepared folder of which some rows of the index say anything; sizes and hashes are right."""
-    import hashlib
-
     name = "index.npy"
     index = np.load(io.BytesIO(valid[name]))
     for _ in range(draw(st.integers(1, 3))):

@@ -24,7 +24,7 @@ from stylepipe.datasets.manifest import Manifest
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.sources.tars import scan_tar
 
-AT_ONCE_S = 5  # a hundred times what it takes on a fast machine
+AT_ONCE_S = 20.0  # on a machine that is busy with other tests; a claim that is believed takes minutes or all memory
 LITTLE = 96 << 20  # bytes
 
 NETWORK = "progan.safetensors"
