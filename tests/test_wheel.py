@@ -31,7 +31,7 @@ def test_every_requirement_is_pinned(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
     names = {requirement.partition(">=")[0].lower() for requirement in asked}
-    assert names - {"stylepipe[tensorboard,lmdb,fast]"} <= pins
+    assert names - {"stylepipe[tensorboard,fast]"} <= pins
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,8 +46,7 @@ def damaged_files(files: Files, random: np.random.Generator) -> Files:
     """Damage one file, or two."""
     changed = dict(files)
     for name in random.permutation(sorted(files))[: 1 + (random.integers(4) == 0)]:
-        change = _ways(str(name))[int(random.integers(len(_ways(str(name)))))]
-        changed[name] = change(files[name], random)
+        changed[name] = damaged(name, files[name], random)
     return changed
 
 
@@ -105,6 +105,35 @@ def damaged_yaml(content: bytes, random: np.random.Generator) -> bytes:
     return b"\n".join(lines)
 
 
+def damaged_tar(content: bytes, random: np.random.Generator) -> bytes:
+    """Change bytes of a header in a tar, whose checksum is right then."""
+    changed = bytearray(content)
+    headers = [at for at in range(0, len(content) - 511, 512) if content[at + 257 : at + 262] == b"ustar"]
+    at = headers[int(random.integers(len(headers)))]
+    header = bytearray(damaged_bytes(bytes(changed[at : at + 512]), random)[:512].ljust(512, b"\0"))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    changed[at : at + 512] = header
+    return bytes(changed)
+
+
+def damaged_png(content: bytes, random: np.random.Generator) -> bytes:
+    """Change bytes of a chunk of a PNG, whose checksum and size are right then; or repeat or leave out a chunk."""
+    chunks, at = [], 8
+    while at + 12 <= len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + size]))
+        at += size + 12
+    number = int(random.integers(len(chunks)))
+    kind, data = chunks[number]
+    times = (0, 1, 1, 1, 1, 2)[int(random.integers(6))]
+    chunks[number : number + 1] = [(kind, damaged_bytes(data, random))] * times
+    parts = [
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in chunks
+    ]
+    return content[:8] + b"".join(parts)
+
+
 def damaged_value(value: Any, random: np.random.Generator) -> Any:
     """Change one to three values within a value, or the names of them."""
     root = [value]
@@ -131,10 +160,11 @@ def json_bytes(value: Any) -> bytes:
     return text.encode()
 
 
-def _ways(name: str) -> list[Callable[[bytes, np.random.Generator], bytes]]:
-    if name.endswith((".json", ".jsonl")):
-        return [damaged_bytes, damaged_json, damaged_json]
-    return [damaged_bytes, damaged_yaml] if name.endswith(".yaml") else [damaged_bytes]
+def damaged(name: str, content: bytes, random: np.random.Generator) -> bytes:
+    """Damage a file as its name suggests, or any bytes of it."""
+    ways = _WAYS.get(name.rpartition(".")[2], [])
+    change = [damaged_bytes, *ways][int(random.integers(1 + len(ways)))]
+    return change(content, random)
 
 
 def _is_json(text: bytes) -> bool:
@@ -152,3 +182,12 @@ def places(holder: Any) -> Iterator[tuple[Any, Any]]:
         yield holder, key
         if isinstance(value, (dict, list)):
             yield from places(value)
+
+
+_WAYS: dict[str, list[Callable[[bytes, np.random.Generator], bytes]]] = {
+    "json": [damaged_json, damaged_json],
+    "jsonl": [damaged_json, damaged_json],
+    "yaml": [damaged_yaml],
+    "tar": [damaged_tar],
+    "png": [damaged_png],
+}

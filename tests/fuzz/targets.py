@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import json
 import shutil
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -15,12 +17,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import torch
 import yaml
-from damage import Files, damaged_bytes, damaged_files, damaged_json, damaged_value, json_bytes
+from damage import Files, damaged, damaged_bytes, damaged_files, damaged_json, damaged_value, json_bytes
 from foreign_checkpoints import dump, persistent_network, rosinality_checkpoint
-from PIL import Image
+from PIL import Image, ImageCms
 
 from stylepipe.cli import ema, sample
 from stylepipe.cli.data import described
@@ -174,11 +177,17 @@ def read_networks(folder: Path, out: Path) -> None:
 
 
 @cache
+def scratch() -> Path:
+    """Return a folder that is there as long as this process."""
+    folder = tempfile.TemporaryDirectory(prefix="stylepipe-fuzz-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
 def small_dataset() -> Path:
     """Return a prepared folder of 8 px with classes, for networks to be measured on."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="stylepipe-fuzz-"))
+    folder = scratch() / "networks"
     for number, name in enumerate(("cats", "dogs", "cats", "dogs")):
         (folder / "photos" / name).mkdir(parents=True, exist_ok=True)
         (folder / "photos" / name / f"{number}.png").write_bytes(photo(number))
@@ -284,8 +293,6 @@ def make_zip(folder: Path) -> None:
 
 
 def make_lmdb(folder: Path) -> None:
-    import lmdb
-
     with lmdb.open(str(folder / "db"), map_size=2**20) as environment, environment.begin(write=True) as transaction:
         for number in range(12):
             transaction.put(b"%d-%05d" % (16 + number % 2, number), photo(number) + bytes(number * 300))
@@ -334,26 +341,14 @@ def read_labels(folder: Path, out: Path) -> None:
 def make_pictures(folder: Path) -> None:
     for number, (suffix, options) in enumerate(PHOTO_FORMATS.items()):
         (folder / f"a.{suffix}").write_bytes(photo(number, suffix, RES, **options))
-    profile = (Path(__file__).parent / "no").parent  # noqa: F841
-    rich = io.BytesIO()
-    image = Image.open(io.BytesIO(photo(3, "png", RES)))
     exif = Image.Exif()
-    exif[0x0112] = 6
-    from PIL import ImageCms
-
-    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    image.save(rich, "JPEG", exif=exif, icc_profile=icc)
-    (folder / "rich.jpg").write_bytes(rich.getvalue())
-    frames = [Image.open(io.BytesIO(photo(seed, "png", RES))).convert("P") for seed in range(3)]
-    for suffix, options in (
-        ("gif", {"transparency": 1}),
-        ("png", {}),
-        ("webp", {}),
-        ("tif", {"compression": "tiff_lzw"}),
-    ):
-        frames[0].convert("RGBA" if suffix != "gif" else "P").save(
-            folder / f"several.{suffix}", save_all=True, append_images=frames[1:], **options
-        )
+    exif[0x0112] = 6  # the orientation
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    (folder / "rich.jpg").write_bytes(photo(3, "jpg", RES, exif=exif, icc_profile=profile))
+    first, *others = [Image.open(io.BytesIO(photo(seed, "png", RES))) for seed in range(3)]
+    first.convert("P").save(folder / "several.gif", save_all=True, append_images=others, transparency=1)
+    for suffix, options in {"png": {}, "webp": {}, "tif": {"compression": "tiff_lzw"}}.items():
+        first.convert("RGBA").save(folder / f"several.{suffix}", save_all=True, append_images=others, **options)
 
 
 def read_pictures(folder: Path, out: Path) -> None:
@@ -382,7 +377,7 @@ def read_picture(content: bytes) -> None:
 def damaged_pictures(files: Files, random: np.random.Generator) -> Files:
     """Damage one picture, and leave the others away."""
     name = sorted(files)[int(random.integers(len(files)))]
-    return {name: damaged_bytes(files[name], random)}
+    return {name: damaged(name, files[name], random)}
 
 
 def make_config(folder: Path) -> None:
@@ -454,9 +449,8 @@ def read_run(folder: Path, out: Path) -> None:
 @cache
 def small_run() -> Path:
     """Return the folder of a run that is whole."""
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="stylepipe-fuzz-"))
+    folder = scratch() / "run"
+    folder.mkdir()
     make_run(folder)
     return folder
 
