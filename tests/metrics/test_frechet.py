@@ -140,7 +140,7 @@ def test_features_far_from_zero_keep_their_covariance():
     moments = Moments(3)
     for batch in features.split(64):
         moments.add(batch)
-    # What cancels is 10^6 of what remains: each of the 79 batches may round the sums of products by 2^-53 of themselves,
+    # What cancels is 10^6 of what remains: each of the 79 batches may round sums of products by 2^-53 of themselves,
     # and those of features, whose products are taken away, by as much. How far it does is up to the CPU's kernels.
     expected = np.cov(features.double().numpy(), rowvar=False)
     np.testing.assert_allclose(moments.covariance.numpy(), expected, rtol=0, atol=2 * 79 * 2**-53 * 1000**2)
