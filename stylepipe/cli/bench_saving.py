@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -22,7 +23,7 @@ from stylepipe.recipes.gan import GANRecipe
 from stylepipe.training.checkpoint import save_state
 from stylepipe.training.engine import Engine
 from stylepipe.training.host_copies import HostCopies
-from stylepipe.training.timing import amortised, random_batch, time_phases
+from stylepipe.training.timing import amortised, random_batch, time_phase, time_phases
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Saving:
     """Time what it takes to save a state, and training beside it.
 
     Rounds of phases take turns: without, and while a state is being written. Prints the state's size, the seconds that
-    a step is held up to copy it and that a thread then writes it, and the share of the training's time that both make
-    at one state in --state-kimg.
+    a step is held up to copy it, that a thread then writes it and that the phases beside that take longer, and the
+    share of the training's time that the first and the last make at one state in --state-kimg.
     """
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -53,37 +54,43 @@ def bench_saving(options: Saving, accelerator: Accelerator) -> dict[str, Any]:
         raise UserError(f"--folder {options.folder}: no such folder; expected one on the disk to measure")
     engine = Engine(GANRecipe(config, accelerator.device), optim=config.optim, ema=config.ema)
     images, labels = random_batch(engine, engine.recipe.schedule.final(), c_dim=0)
-    copies, rounds = HostCopies(), []
+    phases, copies = engine.recipe.phases, HostCopies()
+    rounds: list[tuple[float, float]] = []
+    alone: list[dict[str, float]] = []
+    beside: list[list[tuple[str, float]]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ThreadPoolExecutor(1) as pool:
         for number in range(options.repeats + 1):
-            alone = amortised(engine, time_phases(engine, images, labels, 1))
+            alone.append(time_phases(engine, images, labels, 1))
             began = time.perf_counter()
             taken = copies.take(engine.state())
             held = time.perf_counter() - began
             writing = pool.submit(_write, partial(save_state, Path(folder), number, taken, engine.layout(), {}), copies)
-            beside = [amortised(engine, time_phases(engine, images, labels, 1))]
-            while not writing.done():
-                beside.append(amortised(engine, time_phases(engine, images, labels, 1)))
-            rounds.append((held, writing.result(), alone, statistics.median(beside)))
+            beside.append([])
+            for phase in itertools.cycle(phases):
+                if writing.done():
+                    break
+                beside[-1].append((phase.name, time_phase(engine, phase, images, labels)))
+            rounds.append((held, writing.result()))
             for path in Path(folder).iterdir():
                 shutil.rmtree(path)
-    held, written, alone, beside_median = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    held, written = (statistics.median(column) for column in zip(*rounds[1:], strict=True))
+    usual = {phase.name: statistics.median(times[phase.name] for times in alone[1:]) for phase in phases}
+    slower = statistics.median(sum(time - usual[name] for name, time in times) for times in beside[1:])
+    step = amortised(engine, usual)
     size = sum(tensor.nbytes for tensor in taken.values())
-    steps_between = config.state_kimg * 1000 / filled(config.batch_size)
-    slower = max(0.0, beside_median / alone - 1) * written
-    share = (held + slower) / (steps_between * alone)
+    share = (held + slower) / (config.state_kimg * 1000 / filled(config.batch_size) * step)
     print(f"a state           {size / 1e6:10.1f} MB")
     print(f"held up           {held:10.3f} s")
     print(f"written in        {written:10.3f} s")
-    print(f"a step alone      {alone:10.4f} s")
-    print(f"a step beside it  {beside_median:10.4f} s")
+    print(f"slower beside it  {slower:10.3f} s")
+    print(f"a step            {step:10.4f} s")
     print(f"{share:.3%} of the training's time, at one state in {config.state_kimg:g} kimg")
     return {
         "bytes": size,
         "held_s": held,
         "written_s": written,
-        "step_s": alone,
-        "step_beside_s": beside_median,
+        "slower_s": slower,
+        "step_s": step,
         "share": share,
         "state_kimg": config.state_kimg,
         "res": config.res,

@@ -84,7 +84,7 @@ class Content(NamedTuple):
     """What a network file holds."""
 
     tensors: Mapping[str, Tensor]
-    """As they are: on the networks' device, and views of what training changes."""
+    """By name. Of `content_of` they are on the networks' device, and views of what training changes."""
     header: Mapping[str, str]
 
 

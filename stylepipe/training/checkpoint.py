@@ -170,9 +170,9 @@ def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> N
         for name in [*shapes, *found]:
             if shapes.get(name) != found.get(name):
                 raise UserError(
-                    f"{state.path}: checkpoint of other networks: {network}.{name} is {found.get(name, 'absent')} "
-                    f"there and {shapes.get(name, 'absent')} with these settings; use the settings of that run (its "
-                    f"config.yaml, with --config), or another --out"
+                    f"{state.path}: checkpoint of other networks: {network}.{one_line(name)} is "
+                    f"{one_line(found.get(name, 'absent'))} there and {shapes.get(name, 'absent')} with these settings; "
+                    f"use the settings of that run (its config.yaml, with --config), or another --out"
                 )
 
 
@@ -203,9 +203,14 @@ def newest_whole_state(out: Path) -> tuple[State | None, list[DamagedStateError]
     return None, wrong
 
 
+def healthy_states(out: Path) -> list[Path]:
+    """Return the state folders in `out` that say that gradients were finite when they were saved, the newest first."""
+    return [path for path in sorted(_states(out), reverse=True) if _info(path).get("healthy", True)]
+
+
 def newest_healthy_state(out: Path) -> Path | None:
-    """Return the newest state folder in `out` that was saved while gradients were finite, if there is any."""
-    return next((path for path in sorted(_states(out), reverse=True) if _is_healthy(path)), None)
+    """Return the newest state folder in `out` that says that gradients were finite when it was saved, if any does."""
+    return next(iter(healthy_states(out)), None)
 
 
 def prune_states(out: Path, keep: int) -> None:
@@ -264,10 +269,6 @@ def _states(out: Path) -> list[Path]:
     if not out.is_dir():
         return []
     return [path for path in out.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-
-
-def _is_healthy(path: Path) -> bool:
-    return bool(_info(path).get("healthy", True))
 
 
 def _info(path: Path) -> Mapping[str, Any]:

@@ -178,10 +178,6 @@ class Engine:
             self.record.latest(f"Gradient/{name}/skipped", count[0])
             self.record.latest(f"Gradient/{name}/{IN_A_ROW}", count[1])
 
-    def is_healthy(self) -> bool:
-        """Tell whether the last update of every phase was made; waits for the device."""
-        return all(float(count[1]) == 0 for count in self.skipped.values())
-
     def state(self) -> dict[str, Tensor]:
         """Return every tensor that exact resuming needs, by name, without copying."""
         tensors = {f"recipe.{name}": tensor for name, tensor in self.recipe.state.items()}
@@ -281,3 +277,8 @@ class Engine:
             img = images[index::rounds].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
             img.div_(127.5).sub_(1)
         return MicroBatch(positions, stage, img, labels[index::rounds])
+
+
+def is_healthy(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether the last update of every phase had been made when `Engine.state` was taken, or copied to the CPU."""
+    return all(float(count[1]) == 0 for name, count in state.items() if name.startswith(_SKIPPED))

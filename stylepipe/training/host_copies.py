@@ -13,7 +13,8 @@ from torch import Tensor
 class HostCopies:
     """Room for copies of tensors, kept from one time to the next: to ask for fresh memory takes ten times the copying.
 
-    For a CUDA device it is page-locked where that can be had, so that copying waits for nothing but what is copied.
+    From a CUDA device they are begun in the current stream, behind what it still computes. Where their room can be
+    page-locked nothing waits for them; else each copy waits for the device.
 
     Attributes:
         reader: what reads the copies in another thread, if anything; new ones are not taken before it has ended.

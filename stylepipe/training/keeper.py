@@ -46,7 +46,7 @@ class Keeper:
     ) -> None:
         self._config, self._out, self._snapshots, self._log = config, out, snapshots, log
         self._tidy, self._alarm = tidy, alarm
-        self._failed = False  # what was last to be saved
+        self._failed = self._averages_failed = False  # what was last to be saved
         self._log_failed = self._vanished = False
         self.held_s = 0.0
         if log is not None:
@@ -65,6 +65,8 @@ class Keeper:
         """Begin to save what could not be saved last time, as it is now."""
         if self._failed:
             self.begin(stage, interim=False)
+        if self._averages_failed:
+            self.averages(stage)
 
     def averages(self, stage: Stage) -> None:
         """Begin to save the power-function averages."""
@@ -84,19 +86,21 @@ class Keeper:
             return
         with activity.during("saving"):
             written, failed = self._snapshots.settle(wait=wait)
-        if any(saving.told is not None for saving in written):
-            self._failed = False
-            self._tidy_up()
+        for saving in written:
+            if saving.told is None:
+                self._averages_failed = False
+            else:
+                self._failed = False
+                self._tidy_up()
         for saving, reason in failed:
             if saving.told is None:
-                self._alarm({"averages": f"averages for `stylepipe ema` cannot be saved to {self._out}: {reason}"})
-                continue
-            told = f"cannot save to {self._out}: {reason}; older states are still there; make room, it is tried again"
-            if self._failed:  # one alarm is enough
-                self._log.line(told)
+                told = f"averages for `stylepipe ema` cannot be saved to {self._out}: {reason}; it is tried again"
+                self._alarm_once("averages", told, self._averages_failed)
+                self._averages_failed = True
             else:
-                self._alarm({"saving": told})
-            self._failed = True
+                told = f"cannot save to {self._out}: {reason}; older states are still there"
+                self._alarm_once("saving", f"{told}; make room, it is tried again", self._failed)
+                self._failed = True
         if self._log.failure is not None and not self._log_failed:
             self._alarm(
                 {"log": f"the logs cannot be written to {self._out}: {self._log.failure}; their lines are kept"}
@@ -146,6 +150,13 @@ class Keeper:
             return
         self._vanished = False
         self._alarm({"folder": f"{self._out} has vanished and was made anew; what it held before is gone"})
+
+    def _alarm_once(self, name: str, text: str, raised: bool) -> None:
+        """Raise an alarm, or write a line where it has been raised before."""
+        if raised and self._log is not None:
+            self._log.line(text)
+        else:
+            self._alarm({name: text})
 
     def _tidy_up(self) -> None:
         try:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,17 @@ from stylepipe.interop.network_file import Content, content_of, write_network
 from stylepipe.run_files import CLIPS_FOLDER, GRIDS_FOLDER, LOG_FILE, REAL_GRID, STATS_FILE, kimg_name, network_file
 from stylepipe.training.checkpoint import (
     DIVERGED,
+    DamagedStateError,
     amend_state,
-    newest_healthy_state,
+    healthy_states,
+    load_state,
     newest_state,
     prune_states,
     save_state,
     set_aside_later,
     state_folder,
 )
-from stylepipe.training.engine import Engine
+from stylepipe.training.engine import Engine, is_healthy
 from stylepipe.training.grids import real_images
 from stylepipe.training.growth import Stage
 from stylepipe.training.host_copies import HostCopies
@@ -222,9 +223,10 @@ class Snapshots:
         No run goes on from these by itself. Where there is no room for it, the state is not kept.
 
         Returns:
-            where it was kept, or why not, for people; and the newest healthy state, if there is one.
+            for people, where it was kept, or why not, and what healthy states are damaged; and the newest healthy one
+            that is whole, if there is one.
         """
-        healthy = newest_healthy_state(self.out)
+        healthy, damaged = self._healthy_state()
         set_aside_later(self.out, healthy)
         try:
             save = self._saving_of_now()
@@ -233,8 +235,19 @@ class Snapshots:
             for name in (LOG_FILE, STATS_FILE):
                 shutil.copy(self.out / name, kept)
         except (OSError, SafetensorError) as error:
-            return f"the diverged state could not be kept ({error})", healthy
-        return f"the diverged state is kept as {kept}", healthy
+            return f"the diverged state could not be kept ({error}){damaged}", healthy
+        return f"the diverged state is kept as {kept}{damaged}", healthy
+
+    def _healthy_state(self) -> tuple[Path | None, str]:
+        """Return the newest healthy state that is as it was written; and what to say of those that are not."""
+        damaged = ""
+        for path in healthy_states(self.out):
+            try:
+                load_state(path)
+                return path, damaged
+            except DamagedStateError:
+                damaged += f"; {path.name} is damaged and was passed over"
+        return None, damaged
 
     def amend(self, path: Path) -> None:
         """Have a state that is there say how the run fares now.
@@ -268,17 +281,20 @@ class Snapshots:
         return Content(self._network_copies.take(content.tensors), content.header)
 
     def _saving_of_now(self, interim: bool = False) -> Callable[..., Path]:
-        """Copy the state of now; return what writes it."""
+        """Begin to copy the state of now; return what writes it once it is copied."""
         engine = self.engine
         info = {
             **self.history,
             "interim": interim,
-            "healthy": engine.is_healthy(),
             "tracker_run_id": self.tracker.run_id,
             "order_version": ORDER_VERSION,
             "data": self.dataset.facts,
             "config": config_mapping(self.config),
             "origin": self.origin,
         }
-        copies = self._state_copies.take(engine.state())
-        return partial(save_state, self.out, engine.images_seen, copies, engine.layout(), info)
+        seen, layout, copies = engine.images_seen, engine.layout(), self._state_copies.take(engine.state())
+
+        def save(kind: str = "state") -> Path:
+            return save_state(self.out, seen, copies, layout, info | {"healthy": is_healthy(copies)}, kind)
+
+        return save

@@ -30,20 +30,24 @@ def time_phases(
     The phases take turns, so that a slow moment of the machine does not fall on one of them alone. The optimizers
     and networks of `engine` move on. `done` is called after each run of a phase.
     """
-    stage = engine.recipe.schedule.final()
 
     def seconds(phase: Phase) -> float:
-        _wait(engine.device)
-        start = time.perf_counter()
-        engine.run_phase(phase, stage, images, labels)
-        _wait(engine.device)
-        elapsed = time.perf_counter() - start
+        elapsed = time_phase(engine, phase, images, labels)
         done()
         return elapsed
 
     rows = [[seconds(phase) for phase in engine.recipe.phases] for _ in range(repeats + 1)]
     medians = [statistics.median(column) for column in zip(*rows[1:], strict=True)]
     return {phase.name: median for phase, median in zip(engine.recipe.phases, medians, strict=True)}
+
+
+def time_phase(engine: Engine, phase: Phase, images: Tensor, labels: Tensor) -> float:
+    """Return the seconds of one run of a phase of the last stage."""
+    _wait(engine.device)
+    start = time.perf_counter()
+    engine.run_phase(phase, engine.recipe.schedule.final(), images, labels)
+    _wait(engine.device)
+    return time.perf_counter() - start
 
 
 def amortised(engine: Engine, per_phase: Mapping[str, float]) -> float:

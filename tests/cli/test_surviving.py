@@ -22,6 +22,7 @@ from tiny_runs import ROOT, largest_difference, options, start, state_tensors, w
 
 import stylepipe
 from stylepipe.cli.main import main
+from stylepipe.interop import network_file
 from stylepipe.presets import PRESETS
 from stylepipe.recipes.gan import GANRecipe
 from stylepipe.training import checkpoint, snapshots
@@ -154,6 +155,27 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(finished, shards, tmp_pat
     assert same_end(out, finished)
     assert sorted(path.name for path in out.glob("state-*"))[0] < "state-000000.112", "tried again with a later tick"
     assert not list(out.glob(".*.tmp"))
+
+
+def test_averages_that_could_not_be_saved_are_saved_with_a_later_tick(shards, tmp_path, monkeypatch):
+    write, names = network_file.save_file, []
+
+    def full_at_first(tensors, path, metadata):
+        if "ema" in str(path):
+            names.append(path)
+            if len(names) <= 2:
+                raise NO_ROOM
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(network_file, "save_file", full_at_first)
+    out = tmp_path / "out"
+    assert main(options(shards, out, 0.128, *QUICK, "--ema.posthoc-kimg", "0.064")) == 0
+    log = (out / "log.txt").read_text()
+    assert log.count("ALARM averages: averages for `stylepipe ema` cannot be saved") == 1
+    assert log.count("No space left on device; it is tried again") == 2
+    saved = sorted(path.stem for path in (out / "ema").iterdir())
+    assert saved[-1] == "000000.128"
+    assert "000000.064" < saved[0] < "000000.128"
 
 
 @pytest.mark.slow
