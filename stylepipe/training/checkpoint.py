@@ -171,8 +171,8 @@ def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> N
             if shapes.get(name) != found.get(name):
                 raise UserError(
                     f"{state.path}: checkpoint of other networks: {network}.{one_line(name)} is "
-                    f"{one_line(found.get(name, 'absent'))} there and {shapes.get(name, 'absent')} with these settings; "
-                    f"use the settings of that run (its config.yaml, with --config), or another --out"
+                    f"{one_line(found.get(name, 'absent'))} there and {shapes.get(name, 'absent')} with these settings; use "
+                    f"the settings of that run (its config.yaml, with --config), or another --out"
                 )
 
 
