@@ -168,11 +168,12 @@ def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> N
     for network, shapes in layout.items():
         found = state.layout.get(network, {})
         for name in [*shapes, *found]:
-            if shapes.get(name) != found.get(name):
+            ours, theirs = shapes.get(name, "absent"), found.get(name, "absent")
+            if ours != theirs:
                 raise UserError(
                     f"{state.path}: checkpoint of other networks: {network}.{one_line(name)} is "
-                    f"{one_line(found.get(name, 'absent'))} there and {shapes.get(name, 'absent')} with these settings; use "
-                    f"the settings of that run (its config.yaml, with --config), or another --out"
+                    f"{one_line(theirs)} there and {ours} with these settings; use the settings of that run "
+                    f"(its config.yaml, with --config), or another --out"
                 )
 
 
