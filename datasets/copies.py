@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from stylepipe.datasets.appended import Appended
 from stylepipe.datasets.dedupe import Duplicates, Fingerprint
 from stylepipe.datasets.manifest import Skipped
 
@@ -20,16 +21,15 @@ class Copies:
 
     Args:
         path: the file: a row of `ROW` bytes for each image stored.
-        stored: the names of those that were stored before.
+        mark: of the rows to go on from (see `Appended`); None to begin.
+        stored: the names of the images of those rows.
     """
 
-    def __init__(self, path: Path, stored: Sequence[str]) -> None:
-        self._path, self._duplicates = path, Duplicates()
-        self._file = open(path, "a+b")  # noqa: SIM115 - closed with this
-        self._file.truncate(len(stored) * ROW)
-        self._file.seek(0)
-        for name in stored:
-            self._duplicates.find(_from_row(self._file.read(ROW)), name)
+    def __init__(self, path: Path, mark: Mapping[str, Any] | None, stored: Sequence[str]) -> None:
+        self._file, self._duplicates = Appended(path, mark), Duplicates()
+        rows = self._file.read()
+        for number, name in enumerate(stored):
+            self._duplicates.find(_from_row(rows[number * ROW :][:ROW]), name)
 
     def copied(self, name: str, fingerprint: Fingerprint) -> Skipped | None:
         """Return of what an image is a copy, or None and remember it."""
@@ -40,16 +40,13 @@ class Copies:
         how_close = "the same pixels" if found.exact else f"{found.levels:.1f} levels apart"
         return Skipped(name, "duplicate", f"of {found.of}: {how_close}")
 
-    def mark(self) -> int:
-        """Bring all rows to the disk; return their size in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._path.stat().st_size
+    def mark(self) -> Mapping[str, Any]:
+        """Bring all rows to the disk; return what goes on from them."""
+        return self._file.mark()
 
     def finish(self) -> None:
         """Forget them; the file goes."""
-        self._file.close()
-        self._path.unlink()
+        self._file.remove()
 
     def __enter__(self) -> Copies:
         return self

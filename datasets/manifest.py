@@ -23,6 +23,7 @@ LEVEL_OF = "level_of"  # option of a smaller level: the `digest` of the full ima
 _RESOLUTIONS = [1 << level for level in range(2, MAX_RES.bit_length())]
 _SHA256 = re.compile("[0-9a-f]{64}")
 _FORMATS = ("png", "jpeg", "keep", "ppm")
+_LONGEST_NAME = 255
 _MAX_BYTES = 1 << 62  # what is more is no size of a file, nor any number of images
 
 
@@ -123,7 +124,7 @@ class Manifest:
         if self.image_format not in _FORMATS:
             raise ValueError(f"its image_format is {one_line(self.image_format)}")
         if not all(_is_name(record.file) for record in records):
-            raise ValueError("it names a file outside its folder")
+            raise ValueError("a name of a file in it is none within its folder")
         if self.index.file != INDEX_FILE or (self.labels is not None and self.labels.file != LABELS_FILE):
             raise ValueError(f"it has other names for {INDEX_FILE} or {LABELS_FILE}")
         if len({record.file for record in records}) < len(records):
@@ -137,8 +138,14 @@ class Manifest:
 
 
 def _is_name(name: Any) -> bool:
-    """Tell whether this can be the name of something within a folder."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"}.intersection(name)
+    """Tell whether this can be the name of something within a folder, and be shown."""
+    return (
+        isinstance(name, str)
+        and name not in (".", "..")
+        and "/" not in name
+        and name.isprintable()
+        and 0 < len(name) <= _LONGEST_NAME
+    )
 
 
 def _is_count(number: Any) -> bool:

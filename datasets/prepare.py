@@ -24,6 +24,7 @@ from PIL import Image
 
 from stylepipe.datasets import order
 from stylepipe.datasets.align import Detector, Landmarks, Points, align, load_detector, read_landmarks, side
+from stylepipe.datasets.appended import is_sound
 from stylepipe.datasets.copies import Copies
 from stylepipe.datasets.dedupe import Fingerprint, fingerprint
 from stylepipe.datasets.labels import LABEL_FILE, Labels, find_labels
@@ -88,14 +89,16 @@ def prepare(
     levels = level_resolutions(how.res) if how.levels else []
     left_out = [*source.skipped, *labels.skipped]
     with resumable_folder(out, _plan(source, how), _can_go_on) as work:
-        past = work.progress or {"done": 0, "skips": 0, "writer": None}
+        past = work.progress or {"done": 0, "skips": None, "copies": None, "writer": None}
         done = int(past["done"])
         if done:
             log.info("%s: going on after %s of %s files", out, f"{done:,}", f"{len(files):,}")
         with (
             DatasetWriter(work.folder, levels, how.shard_bytes, past["writer"]) as writer,
             Skips(work.folder / _SKIPS_FILE, past["skips"], path, left_out, how.max_bad) as skips,
-            Copies(work.folder / _COPIES_FILE, _stored(files[:done], skips) if how.dedupe else ()) as copies,
+            Copies(
+                work.folder / _COPIES_FILE, past["copies"], _stored(files[:done], skips) if how.dedupe else ()
+            ) as copies,
         ):
             results = _converted(source, files[done:], how, landmarks, workers or available_cpus())
             results = with_progress(results, len(files) - done, f"preparing {path.name or path}", progress)
@@ -175,12 +178,11 @@ def _plan(source: Source, how: Preparation) -> str:
 
 def _can_go_on(folder: Path, progress: Mapping[str, Any]) -> bool:
     """Tell whether all that a mark speaks of is there and sound."""
-    try:
-        sizes = {_SKIPS_FILE: progress["skips"], _COPIES_FILE: progress["copies"]}
-        there = all((folder / name).stat().st_size >= size for name, size in sizes.items())
-        return there and can_resume_dataset(folder, progress["writer"])
-    except (OSError, KeyError, TypeError):
-        return False
+    return (
+        is_sound(folder / _SKIPS_FILE, progress["skips"])
+        and is_sound(folder / _COPIES_FILE, progress["copies"])
+        and can_resume_dataset(folder, progress["writer"])
+    )
 
 
 def _digest_of_landmarks(how: Preparation) -> dict[str, str]:

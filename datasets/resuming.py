@@ -2,7 +2,8 @@
 
     .OUT.partial/           where it is filled, beside OUT
       plan.json             what is being made; another plan begins anew
-      progress.json         how far it is: written whole, now and then, after all files have reached the disk
+      progress.json         how far it is, with its CRC-32: written whole, now and then, after all files have reached
+                            the disk
       ...                   the files of the writers, and what is only ever appended to
 
 Files may be longer than progress.json says. They are cut to that when the work goes on.
@@ -15,6 +16,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path, flush, locked
+from stylepipe.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Work:
     def mark(self, progress: Mapping[str, Any]) -> None:
         """Note how far the work is. What it speaks of has reached the disk already."""
         with atomic_path(self.folder / PROGRESS_FILE) as temporary:
-            temporary.write_text(json.dumps(progress))
+            temporary.write_text(json.dumps({"crc32": _crc(progress), "progress": progress}))
         self._marked = time.monotonic()
 
 
@@ -109,12 +112,18 @@ def _taken_up(
 ) -> Mapping[str, Any] | None:
     """Return the progress to go on from, or None with the folder emptied but for the plan."""
     progress = None
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         if (folder / PLAN_FILE).read_text() == plan:
-            progress = json.loads((folder / PROGRESS_FILE).read_text())
+            marked = parse_json((folder / PROGRESS_FILE).read_bytes())
+            if marked["crc32"] == _crc(marked["progress"]):
+                progress = marked["progress"]
     if progress is not None and can_go_on(folder, progress):
         return dict(progress)
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / PLAN_FILE).write_text(plan)
     return None
+
+
+def _crc(progress: object) -> int:
+    return zlib.crc32(json.dumps(progress).encode())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from stylepipe.datasets.appended import Appended
 from stylepipe.datasets.manifest import Skipped
 from stylepipe.errors import UserError
 
@@ -20,7 +21,7 @@ class Skips:
 
     Args:
         path: a file of lines.
-        size: bytes of it to go on from; 0 to begin.
+        mark: of the lines to go on from (see `Appended`); None to begin.
         source: of the photographs, for a message.
         before: what was left out before any file was read; it is not in the file.
         most: give up when more than this cannot be read; None for no limit.
@@ -32,10 +33,10 @@ class Skips:
         UserError: too many cannot be read.
     """
 
-    def __init__(self, path: Path, size: int, source: Path, before: Iterable[Skipped], most: int | None) -> None:
-        self._path, self._source, self._most, self._bad = path, source, most, 0
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closed with this
-        self._file.truncate(size)
+    def __init__(
+        self, path: Path, mark: Mapping[str, Any] | None, source: Path, before: Iterable[Skipped], most: int | None
+    ) -> None:
+        self._file, self._source, self._most, self._bad = Appended(path, mark), source, most, 0
         self._before = list(before)
         read = self._read()
         self.names = {skipped.file for skipped in read}
@@ -44,20 +45,17 @@ class Skips:
 
     def add(self, skipped: Skipped) -> None:
         """Note one more; raise UserError where it is one too many."""
-        self._file.write(json.dumps(asdict(skipped)) + "\n")
+        self._file.write(json.dumps(asdict(skipped)).encode() + b"\n")
         self._count(skipped)
 
-    def mark(self) -> int:
-        """Bring all lines to the disk; return their size in bytes."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._path.stat().st_size
+    def mark(self) -> Mapping[str, Any]:
+        """Bring all lines to the disk; return what goes on from them."""
+        return self._file.mark()
 
     def finish(self) -> list[Skipped]:
         """Return all that was left out; the file goes."""
-        self._file.close()
         skipped = [*self._before, *self._read()]
-        self._path.unlink()
+        self._file.remove()
         return skipped
 
     def __enter__(self) -> Skips:
@@ -75,5 +73,4 @@ class Skips:
             )
 
     def _read(self) -> list[Skipped]:
-        with open(self._path, encoding="utf-8") as file:
-            return [Skipped(**json.loads(line)) for line in file]
+        return [Skipped(**json.loads(line)) for line in self._file.read().splitlines()]

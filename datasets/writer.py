@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tarfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from stylepipe.datasets.appended import Appended, is_sound
 from stylepipe.datasets.manifest import INDEX_FILE, LABELS_FILE, MANIFEST_FILE, FileRecord, Manifest
 from stylepipe.datasets.shards import INDEX_DTYPE, file_sha256
 
@@ -53,9 +53,9 @@ class ShardWriter:
         self._folder = folder
         self._shard_bytes = shard_bytes
         self._c_dim = 0
-        self._file: IO[bytes] | None = None
-        self._rows = open(folder / _ROWS_FILE, "ab")  # noqa: SIM115 (closed with the writer)
-        self._vectors = open(folder / _VECTORS_FILE, "ab")  # noqa: SIM115
+        self._file: Appended | None = None
+        self._rows = Appended(folder / _ROWS_FILE, resume and resume["rows"])
+        self._vectors = Appended(folder / _VECTORS_FILE, resume and resume["vectors"])
         if resume is not None:
             self._take_up(resume)
 
@@ -89,23 +89,22 @@ class ShardWriter:
         """Close the last shard, write the label vectors, if any, and the index; return the index's record."""
         if self._file is not None:
             self._close_shard()
-        self.close()
         if self._c_dim:
-            vectors = np.fromfile(self._folder / _VECTORS_FILE, "<f4").reshape(self.count, self._c_dim)
+            vectors = np.frombuffer(self._vectors.read(), "<f4").reshape(self.count, self._c_dim)
             self.labels = self._save_array(LABELS_FILE, vectors)
-        index = self._save_array(INDEX_FILE, np.fromfile(self._folder / _ROWS_FILE, INDEX_DTYPE))
-        for name in (_ROWS_FILE, _VECTORS_FILE):
-            (self._folder / name).unlink()
+        index = self._save_array(INDEX_FILE, np.frombuffer(self._rows.read(), INDEX_DTYPE))
+        self._rows.remove()
+        self._vectors.remove()
         return index
 
     def mark(self) -> dict[str, Any]:
         """Bring all that is written to the disk; return what `resume` needs to go on from it."""
-        for file in (self._file, self._rows, self._vectors):
-            if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
-        opened = {} if self._file is None else {"size": self._size, "samples": self._samples}
+        opened: dict[str, Any] = {}
+        if self._file is not None:
+            opened = {"shard": self._file.mark(), "samples": self._samples}
         return {
+            "rows": self._rows.mark(),
+            "vectors": self._vectors.mark(),
             "shards": [asdict(record) for record in self.shards],
             "count": self.count,
             "classes": sorted(self.classes_seen),
@@ -133,17 +132,14 @@ class ShardWriter:
         """Cut all files to what a mark says, and go on from there."""
         self.shards = [FileRecord(**record) for record in mark["shards"]]
         self.count, self._c_dim, self.classes_seen = mark["count"], mark["c_dim"], set(mark["classes"])
-        self._rows.truncate(self.count * INDEX_DTYPE.itemsize)
-        self._vectors.truncate(self.count * self._c_dim * 4)
         kept = {record.file for record in self.shards}
-        if "size" in mark:
+        if "shard" in mark:
             name = _shard_name(len(self.shards))
             kept.add(name)
-            os.truncate(self._folder / name, mark["size"])
-            self._file = open(self._folder / name, "ab")  # noqa: SIM115 (spans calls)
+            self._file = Appended(self._folder / name, mark["shard"])
             with open(self._folder / name, "rb") as file:
                 self._hash = hashlib.file_digest(file, "sha256")
-            self._size, self._samples = mark["size"], mark["samples"]
+            self._size, self._samples = mark["shard"]["bytes"], mark["samples"]
         for path in self._folder.glob("shard-*.tar"):
             if path.name not in kept:
                 path.unlink()
@@ -154,7 +150,7 @@ class ShardWriter:
         return FileRecord(name, path.stat().st_size, file_sha256(path), self.count)
 
     def _open_shard(self) -> None:
-        self._file = open(self._folder / _shard_name(len(self.shards)), "wb")  # noqa: SIM115 (spans calls)
+        self._file = Appended(self._folder / _shard_name(len(self.shards)))
         self._hash = hashlib.sha256()
         self._size = self._samples = 0
 
@@ -174,18 +170,16 @@ class ShardWriter:
 
 
 def can_resume(folder: Path, mark: Mapping[str, Any]) -> bool:
-    """Tell whether the files that a mark of `ShardWriter` speaks of are all there, and finished shards as they were."""
+    """Tell whether the files that a mark of `ShardWriter` speaks of are there, and what it speaks of as it was."""
+    records = mark["shards"]
+    appended = {_ROWS_FILE: mark["rows"], _VECTORS_FILE: mark["vectors"]}
+    if "shard" in mark:
+        appended[_shard_name(len(records))] = mark["shard"]
     try:
-        records = [FileRecord(**record) for record in mark["shards"]]
-        whole = all(file_sha256(folder / record.file) == record.sha256 for record in records)
-        least = {
-            _ROWS_FILE: mark["count"] * INDEX_DTYPE.itemsize,
-            _VECTORS_FILE: mark["count"] * mark["c_dim"] * 4,
-            **({_shard_name(len(records)): mark["size"]} if "size" in mark else {}),
-        }
-        return whole and all((folder / name).stat().st_size >= size for name, size in least.items())
-    except (OSError, KeyError, TypeError):
+        whole = all(file_sha256(folder / record["file"]) == record["sha256"] for record in records)
+    except OSError:
         return False
+    return whole and all(is_sound(folder / name, of_file) for name, of_file in appended.items())
 
 
 def _shard_name(number: int) -> str:

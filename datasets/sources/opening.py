@@ -12,6 +12,7 @@ from stylepipe.datasets.sources.archive import TarSource, ZipSource
 from stylepipe.datasets.sources.folder import FolderSource
 from stylepipe.datasets.sources.lmdb import DATA_FILE, LmdbSource
 from stylepipe.errors import UserError
+from stylepipe.parsing import one_line
 
 EXPECTED = "expected a folder of photographs, a zip, a tar, a folder of WebDataset shards, or an LMDB"
 
@@ -28,7 +29,7 @@ def open_source(path: str | Path) -> Source:
     source = _of_folder(path) if path.is_dir() else _of_file(path)
     if not source.files:
         skipped = source.skipped
-        left_out = f" but {skipped[0].file}, which is skipped ({skipped[0].reason})" if skipped else ""
+        left_out = f" but {one_line(skipped[0].file)}, which is skipped ({skipped[0].reason})" if skipped else ""
         raise UserError(f"{path}: holds no files{left_out}; {EXPECTED}")
     return source
 

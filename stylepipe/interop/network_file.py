@@ -60,6 +60,7 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Of settings that make a network large in time or memory though its file is small; other numbers have the last.
 _LARGEST = {"res": 4096, "z_dim": 1 << 16, "mapping_layers": 100}
 _LARGEST_OF_OTHERS = 1 << 24
+_LONGEST_TEXT = 100
 # Settings that are no whole numbers, and those that may be null.
 _TEXTS = {"architecture", "half_dtype", "norm", "conditioning", "last_layer"}
 _FRACTIONS = {"conv_clamp", "alpha"}
@@ -318,9 +319,12 @@ def _settings(values: Any) -> dict[str, Any]:
     """Return the settings of a network; raise ValueError where one is of a kind or a size that no network has."""
     for name, value in values.items():
         kinds = str if name in _TEXTS else (int, float) if name in _FRACTIONS else int
-        right = isinstance(value, kinds) or (value is None and name in _OPTIONAL)
-        largest = _LARGEST.get(name, _LARGEST_OF_OTHERS)
-        if not right or (isinstance(value, (int, float)) and not abs(value) <= largest):  # NaN too
+        right = isinstance(value, kinds)
+        if isinstance(value, str):
+            right &= value.isprintable() and len(value) <= _LONGEST_TEXT
+        elif isinstance(value, (int, float)):
+            right &= 0 <= value <= _LARGEST.get(name, _LARGEST_OF_OTHERS)  # NaN is not
+        if not right and not (value is None and name in _OPTIONAL):
             raise ValueError(f"{name} {value!r}")
     return dict(values)
 

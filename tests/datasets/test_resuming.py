@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -116,21 +117,31 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos_to_cut: Path, 
     assert leftovers(tmp_path, "out") == []
 
 
-@pytest.mark.parametrize("between", ["nothing", "a finished shard damaged", "a shard lost", "another photograph"])
+DAMAGED = {
+    "a finished shard": "shard-00000.tar",
+    "the shard begun": "shard-{begun:05d}.tar",
+    "rows of the index": "index.partial",
+    "the mark": "progress.json",
+}
+
+
+@pytest.mark.parametrize("between", ["nothing", *DAMAGED, "a shard lost", "another photograph"])
 def test_what_was_done_is_kept_where_it_is_sound(
     photos_to_cut: Path, tmp_path: Path, between: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     straight, out = tmp_path / "straight", tmp_path / "out"
     partial = tmp_path / ".out.partial"
-    progress = {"done": 0, "writer": {"full": {"shards": []}}}
-    while not progress["writer"]["full"]["shards"]:  # until a shard is finished
+    writer: dict[str, Any] = {"shards": []}
+    while not (writer["shards"] and "shard" in writer):  # until a shard is finished, and another begun
         killed(photos_to_cut, out, 0.1)
-        progress = json.loads((partial / "progress.json").read_text())
+        progress = json.loads((partial / "progress.json").read_text())["progress"]
+        writer = progress["writer"]["full"]
     assert 0 < progress["done"] < 120
-    if between == "a finished shard damaged":
-        shard = bytearray((partial / "shard-00000.tar").read_bytes())
-        shard[700] ^= 1
-        (partial / "shard-00000.tar").write_bytes(shard)
+    if between in DAMAGED:
+        file = partial / DAMAGED[between].format(begun=len(writer["shards"]))
+        content = bytearray(file.read_bytes())
+        content[20] ^= 1
+        file.write_bytes(content)
     if between == "a shard lost":
         (partial / "levels" / "0064" / "shard-00000.tar").unlink()
     if between == "another photograph":
