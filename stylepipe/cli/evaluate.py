@@ -15,7 +15,7 @@ import tyro
 from accelerate import Accelerator
 
 from stylepipe.cli.joined import joined
-from stylepipe.config import MAX_SEED
+from stylepipe.config import MAX_SEED, Config
 from stylepipe.datasets.cache import cache_folder, dataset_for_training
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.datasets.streaming import is_stream
@@ -30,6 +30,7 @@ from stylepipe.training.distributed import on_every_process, on_main_process
 from stylepipe.training.draws import Draws
 from stylepipe.training.evaluation import Evaluation, Measurement
 from stylepipe.training.progress import append_measured
+from stylepipe.training.watchdog import Watchdog
 
 DESCRIPTION = """Measure the images of trained networks against photographs. Several processes share the work:
 
@@ -67,7 +68,7 @@ class EvaluateOptions:
 def main(argv: Sequence[str]) -> None:
     """Parse the options, measure, and print a line for each metric of each network."""
     options = tyro.cli(EvaluateOptions, args=list(argv), prog="stylepipe evaluate", description=DESCRIPTION)
-    with joined() as accelerator:
+    with joined() as accelerator, Watchdog(Config.stall_minutes * 60, "start the same command again"):
         evaluate(options, accelerator)
 
 

@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from stylepipe.errors import ProcessLostError, UserError
@@ -61,16 +62,35 @@ def run(command: str, argv: Sequence[str]) -> int:
     A UserError becomes one message on stderr; with STYLEPIPE_DEBUG=1 it keeps its traceback, as any other exception.
     """
     try:
+        code = _run(command, argv)
+    except BaseException as error:
+        if not _in_a_group():
+            raise
+        code = 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            traceback.print_exc()
+    if _in_a_group():  # the interpreter's end would wait for the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(command: str, argv: Sequence[str]) -> int:
+    try:
         importlib.import_module(f"stylepipe.cli.{command}").main(list(argv))
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except UserError as error:
         if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
             raise
         print(f"error{_process()}: {error}", file=sys.stderr)
-        return _ended(EXIT_MISTAKE)
+        return EXIT_MISTAKE
     except ProcessLostError as error:
-        print(f"error{_process()}: {error}; start the same command to go on from the newest state", file=sys.stderr)
-        return _ended(EXIT_LOST)
+        way_on = " to go on from the newest state" if command == "train" else " again"
+        print(f"error{_process()}: {error}; start the same command{way_on}", file=sys.stderr)
+        return EXIT_LOST
     except BrokenPipeError:  # such as `stylepipe train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
         return EXIT_BROKEN_PIPE
@@ -85,14 +105,10 @@ def run(command: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _ended(exit_code: int) -> int:
-    """Return the exit code; where the end of this process would wait for others, end it here."""
+def _in_a_group() -> bool:
+    """Tell whether this process is still connected to others."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
-    return exit_code
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _process() -> str:

@@ -130,7 +130,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def train(config: Config, accelerator: Accelerator) -> None:
     """Run the training that `config` asks for, to its end or until it is asked to stop."""
     config = on_every_process(accelerator, settle, config, accelerator)
-    with Watchdog(config.stall_minutes * 60):
+    remedy = "start the same command to go on from the newest state (--stall-minutes says how long a process may take)"
+    with Watchdog(config.stall_minutes * 60, remedy):
         train_watched(config, accelerator)
 
 

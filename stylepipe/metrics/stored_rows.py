@@ -52,13 +52,15 @@ def store_rows(folder: Path, rows: Rows, about: Mapping[str, Any]) -> None:
     What cannot be written is warned of, and not before all rows have been asked for: other processes count on that.
     """
     failure: OSError | None = None
+    left = list(rows)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         failure = error
     try:
         with atomic_path(folder) as new:
-            for name in rows:
+            while left:
+                name = left.pop(0)
                 tensor = rows[name]
                 if failure is None:
                     failure = _save(new, name, tensor)
@@ -68,6 +70,8 @@ def store_rows(folder: Path, rows: Rows, about: Mapping[str, Any]) -> None:
     except OSError as error:
         if not folder.exists():  # another run has not stored the same in this moment
             logger.warning("%s: cannot be written (%s); it is measured again the next time", folder, error.strerror)
+    for name in left:
+        rows[name]
 
 
 def _mapped(path: Path) -> NDArray[Any]:

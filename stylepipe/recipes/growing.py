@@ -12,7 +12,9 @@ from stylepipe.training.growth import Stage
 
 @torch.no_grad()
 def grown_so_far(network: nn.Module, stage: Stage) -> nn.Module:
-    """Return the network of the stage's resolution, itself where it is the full one.
+    """Return the network of the stage's resolution, itself where it is the full one, for its tensors to be saved.
+
+    They are those of the network, nothing is copied.
 
     A generator whose newest level is being faded in shows it by as much: its config says so.
     """
@@ -24,9 +26,8 @@ def grown_so_far(network: nn.Module, stage: Stage) -> nn.Module:
     smaller = config | {"res": stage.resolution, "half_levels": max(0, config["half_levels"] - missing)}
     if stage.fading and "z_dim" in config:
         smaller["alpha"] = stage.alpha
-    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: leave no trace of drawing them
+    with torch.device("meta"):
         grown: nn.Module = type(network)(**smaller)
     theirs = network.state_dict()
-    for name, tensor in grown.state_dict().items():
-        tensor.copy_(theirs[name])
+    grown.load_state_dict({name: theirs[name] for name in grown.state_dict()}, assign=True)
     return grown.train(network.training).requires_grad_(False)

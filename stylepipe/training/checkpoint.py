@@ -260,9 +260,17 @@ def _free(path: Path) -> Path:
 
 
 def clear_remains(out: Path) -> None:
-    """Delete what processes that were killed while saving or deleting have left of states in `out`."""
+    """Delete what processes that were killed while saving or deleting have left of states in `out`.
+
+    A whole one that was about to take the place of another is given its name.
+    """
     for path in out.glob(".*.tmp"):
-        if _REMAINS.match(path.name):
+        if not _REMAINS.match(path.name):
+            continue
+        target = path.with_name(path.name.lstrip(".").removesuffix(".whole.tmp"))
+        if _NAME.fullmatch(target.name) and path.name.startswith(".state") and not target.exists():
+            path.rename(target)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

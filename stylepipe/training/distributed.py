@@ -23,12 +23,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from stylepipe.datasets.processes import available_cpus
 from stylepipe.errors import ProcessLostError, UserError
+from stylepipe.parsing import one_line
 from stylepipe.training import activity
 
 T = TypeVar("T")
 
-# Once they have met, who waits for another process is ended by `stylepipe.training.watchdog`, which knows what for, not
-# by torch's own limit: data may take hours to prepare.
 _NO_LIMIT = timedelta(days=365)
 
 # What is said where the other end is gone.
@@ -45,12 +44,21 @@ def make_accelerator() -> Accelerator:
     global _hosts
     # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.train.settle`.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    if dist.is_initialized():
-        if dist.get_backend() != "gloo":
+    if dist.is_initialized() and dist.get_backend() != "gloo":
+        try:
             _hosts = dist.new_group(backend="gloo")
-        for group in filter(None, (dist.group.WORLD, _hosts)):
-            _set_pg_timeout(_NO_LIMIT, group)
+        except RuntimeError as error:
+            raise UserError(
+                f"the machines' processes cannot connect beside their GPUs ({one_line(error)}); set "
+                f"GLOO_SOCKET_IFNAME to the network interface between them, such as eth0, on each"
+            ) from error
     return accelerator
+
+
+def wait_without_limit() -> None:
+    """Have processes wait for one another without the limits of torch; for what ends those that wait for ever."""
+    for group in filter(None, (dist.group.WORLD, _hosts)):
+        _set_pg_timeout(_NO_LIMIT, group)
 
 
 def use_all_cores() -> None:
@@ -84,7 +92,7 @@ def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
             raise
         raise ProcessLostError(
             f"lost another process of this training, while waiting for {what}: it has ended, which its own message "
-            f"tells of, or its machine cannot be reached ({' '.join(str(error).split()).partition('. ')[0]})"
+            f"tells of, or its machine cannot be reached ({one_line(error).partition('. ')[0]})"
         ) from error
 
 

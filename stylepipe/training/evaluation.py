@@ -27,6 +27,7 @@ from stylepipe.metrics.extraction import Counts, Extraction, ImageSource, Rows, 
 from stylepipe.metrics.path_length import EPSILON
 from stylepipe.metrics.registry import Metric
 from stylepipe.metrics.stored_rows import StoredRows, store_rows
+from stylepipe.training import activity
 from stylepipe.training.distributed import local_processes, on_every_process
 from stylepipe.training.exact import full_float32
 from stylepipe.training.phase import Generated
@@ -230,7 +231,8 @@ class Evaluation:
     ) -> dict[str, SharedRows]:
         shown = partial(self._shown, what)
         take = partial(collect, source, wanted, batch=batch, team=self._team, device=self._device, progress=shown)
-        rows = on_every_process(self._accelerator, take)
+        with activity.during(f"measuring {what}", "unlimited" if self._dataset.waits else "working"):
+            rows = on_every_process(self._accelerator, take)
         if not self._team.all(not self._stopped, self._device):
             raise MeasuringStoppedError
         return rows
@@ -243,6 +245,7 @@ class Evaluation:
                 self._stopped = self._stopping()
                 if self._stopped:
                     return
+                activity.get_on()
                 yield part
                 bar.update(len(part))
 

@@ -47,6 +47,7 @@ class Keeper:
         self._config, self._out, self._snapshots, self._log = config, out, snapshots, log
         self._tidy, self._alarm = tidy, alarm
         self._failed = self._averages_failed = False  # what was last to be saved
+        self._interim = False
         self._log_failed = self._vanished = False
         self.held_s = 0.0
         if log is not None:
@@ -58,13 +59,16 @@ class Keeper:
             return
         began = time.perf_counter()
         self.settle(wait=True)  # a disk that is slower than the training holds it up here
+        self._interim = interim
         self._snapshots.snapshot(stage, interim=interim)
         self.held_s += time.perf_counter() - began
 
     def try_again(self, stage: Stage) -> None:
         """Begin to save what could not be saved last time, as it is now."""
+        if self._failed or self._averages_failed:
+            self.settle(wait=True)  # perhaps it could by now
         if self._failed:
-            self.begin(stage, interim=False)
+            self.begin(stage, interim=self._interim)
         if self._averages_failed:
             self.averages(stage)
 
@@ -114,7 +118,8 @@ class Keeper:
             UserError: the folder cannot be written, or the disk is full.
         """
         self.settle(wait=True)
-        self.try_again(stage)
+        if self._failed:
+            self.begin(stage, interim=False)
         self.averages(stage)
         with activity.during("saving"):
             _, failed = self._snapshots.settle(wait=True)
@@ -122,6 +127,11 @@ class Keeper:
             self._failed = False
             self._tidy_up()
             return
+        if all(saving.told is None for saving, _ in failed):
+            raise UserError(
+                f"averages for `stylepipe ema` cannot be saved to {self._out}: {failed[0][1]}; the state is saved: "
+                f"make room, then start the same command with this --out, which saves them"
+            )
         older = "older states are still there; make room, then start the same command with this --out to go on"
         none = "no state was saved before; make room, then start anew in another --out"
         way_on = none if newest_state(self._out) is None else older

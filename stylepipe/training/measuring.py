@@ -25,6 +25,7 @@ from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, netw
 from stylepipe.training.distributed import on_main_process, together
 from stylepipe.training.evaluation import Evaluation, Measurement, MeasuringStoppedError
 from stylepipe.training.growth import Stage
+from stylepipe.training.memory import is_out_of_memory
 from stylepipe.training.phase import Recipe
 from stylepipe.training.progress import append_measured
 from stylepipe.training.tracker import Tracker
@@ -78,7 +79,9 @@ def available(names: Sequence[str], cache: Path, accelerator: Accelerator) -> tu
         except UserError as error:
             missing[name] = str(error)
     if accelerator.num_processes > 1:
-        for other in gather_object([missing]):
+        with together("what all processes can measure"):
+            everywhere = gather_object([missing])
+        for other in everywhere:
             missing = {**other, **missing}
     found = [name for name in names if name not in missing]
     if missing and FALLBACK not in found:
@@ -123,9 +126,11 @@ class RunMetrics:
         """Tell whether there is anything to measure at a stage."""
         return self._evaluation is not None and bool(self._evaluation.metrics_at(stage.resolution))
 
-    def misses(self, images_seen: int) -> bool:
-        """Tell, on every process, whether a network that this run has saved is still to be measured."""
-        return on_main_process(self._accelerator, self._misses, network_file(images_seen))
+    def misses(self, stage: Stage, images_seen: int) -> bool:
+        """Tell, on every process, whether a network that this run has saved at a stage is still to be measured."""
+        assert self._evaluation is not None
+        names = {metric.name for metric in self._evaluation.metrics_at(stage.resolution)}
+        return on_main_process(self._accelerator, self._misses, network_file(images_seen), names)
 
     def measure(self, stage: Stage, images_seen: int, stopping: Callable[[], bool]) -> None:
         """Measure the network of now, whose file has been saved; every process takes part.
@@ -143,7 +148,9 @@ class RunMetrics:
                 found = self._evaluation.measure(self._recipe.generated(stage), stopping)
         except MeasuringStoppedError:
             return
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
                 f"--metrics {','.join(self._names)}: out of memory while measuring; the training is saved: start the "
                 f"same command with --out {self._out} and fewer --metrics-images, or a lower --batch-gpu"
@@ -178,9 +185,9 @@ class RunMetrics:
         for path in surplus(files, self._keep, kept):
             path.unlink(missing_ok=True)
 
-    def _misses(self, file: str) -> bool:
+    def _misses(self, file: str, names: set[str]) -> bool:
         measured = {line["metric"] for line in measured_lines(self._out) if line["network"] == file}
-        return (self._out / file).exists() and not set(self._names) <= measured
+        return (self._out / file).exists() and not names <= measured
 
     def _best(self) -> Mapping[str, Any] | None:
         lines = [line for line in measured_lines(self._out) if (self._out / line["network"]).exists()]

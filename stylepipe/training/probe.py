@@ -10,6 +10,7 @@ import torch
 
 from stylepipe.config import Config
 from stylepipe.errors import UserError
+from stylepipe.training import activity
 from stylepipe.training.distributed import local_processes, smallest
 from stylepipe.training.engine import Engine
 from stylepipe.training.estimate import peak_memory
@@ -48,7 +49,9 @@ def largest_batch_gpu(
     candidates = [n for n in range(per_process, 0, -1) if per_process % n == 0]
     # Every process walks the same list until all of them agree, since their memories may differ.
     for batch_gpu in candidates:
-        if smallest(int(fits(build, stages, config, c_dim, batch_gpu, device)), device):
+        with activity.during("finding --batch-gpu", "unlimited"):
+            fitting = fits(build, stages, config, c_dim, batch_gpu, device)
+        if smallest(int(fitting), device):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)  # the failed tries are not the training's peak
             return batch_gpu

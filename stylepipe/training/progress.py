@@ -98,15 +98,19 @@ class _Lines:
 
     def write(self, line: str) -> None:
         self._left += line.encode() + b"\n"
+        self._write_left()
+
+    def close(self) -> None:
+        self._write_left()
+        self._file.close()
+
+    def _write_left(self) -> None:
         self.failure = None
         try:
             while self._left:
                 self._left = self._left[self._file.write(self._left) :]
         except OSError as error:
             self.failure = error
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class RunLog:
@@ -129,10 +133,8 @@ class RunLog:
 
     def rewind(self, images_seen: int) -> None:
         """Drop what was written later than this: the training goes on from there."""
-        before = (self._log, self._stats)
+        self.close()
         self._open(images_seen)
-        for file in before:
-            file.close()
 
     @property
     def failure(self) -> OSError | None:

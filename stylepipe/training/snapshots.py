@@ -155,9 +155,15 @@ class Snapshots:
             if first:
                 save()
             if path is not None and content is not None:
+                new = not path.exists()
                 write_network(path, content)
             if not first:
-                save()
+                try:
+                    save()
+                except OSError:
+                    if path is not None and new:  # it takes the room that trying again needs
+                        path.unlink()
+                    raise
             with suppress(OSError):  # what should go and does not is no reason to save again
                 prune_states(self.out, self.config.keep_states)
 

@@ -365,7 +365,7 @@ class Trainer:
     def _make_up_for_measuring(self) -> None:
         """Measure where the run goes on, if it was stopped between saving that and measuring it."""
         seen = self.engine.images_seen
-        if seen > 0 and self._measures_now() and self.metrics.misses(seen):
+        if seen > 0 and self._measures_now() and self.metrics.misses(self._last, seen):
             self.metrics.measure(self._last, seen, lambda: self._interrupt.asked)
 
     def _recover(self, divergence: str) -> None:

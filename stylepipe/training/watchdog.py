@@ -20,13 +20,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from stylepipe.training import activity
 from stylepipe.training.activity import Activity
+from stylepipe.training.distributed import together, wait_without_limit
 
 T = TypeVar("T")
 
 MAX_PERIOD_S = 5.0
 EXIT_STALLED = 1
-
-_WAY_ON = "start the same command to go on from the newest state (--stall-minutes says how long a process may take)"
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,29 @@ class Watchdog:
     """Within this context, a process that has not got on for too long ends, and says which one it is that holds all up.
 
     Devices that wait for one another raise no error, and a machine that is cut off answers nothing: without this, all
-    others would wait for ever. One process alone is left alone.
+    others would wait for ever. Limits of torch, which knows nothing of data that takes hours to prepare, are lifted.
+    One process alone is left alone.
 
     Args:
         limit_s: how long a process may be at one thing; 0 for no limit. What is of unlimited length, such as preparing
             data, only has to be alive.
+        remedy: what the user is to do then.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, limit_s: float, remedy: str) -> None:
+        self._limit_s, self._remedy = limit_s, remedy
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
-        if dist.is_initialized() and dist.get_world_size() > 1 and self._limit_s > 0:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            wait_without_limit()
+            if self._limit_s > 0:
+                period = min(MAX_PERIOD_S, self._limit_s / 10)
+                with together("the store of all processes"):
+                    board = _Board(period)
+                self._thread = threading.Thread(target=self._watch, args=(board, period), name="watchdog", daemon=True)
+                self._thread.start()
         return self
 
     def __exit__(
@@ -76,51 +82,78 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join(MAX_PERIOD_S)  # it may be asking a machine that answers nothing
 
-    def _watch(self) -> None:
-        period = min(MAX_PERIOD_S, self._limit_s / 10)
-        board = _Board(period)
+    def _watch(self, board: _Board, period: float) -> None:
         woken = began = time.monotonic()  # what was before, while all processes were started, is not looked at
-        heard: dict[int, tuple[int, float]] = {}
+        heard = _Heard(began)
         while not self._stop.wait(period):
             now = time.monotonic()
             if now - woken > MAX_PERIOD_S + 3 * period:  # this process itself, or its machine, was halted
-                began, heard = now, {}
+                began, heard = now, _Heard(now)
             mine = activity.now()
             age = now - max(mine.since, began)
             board.put(mine, age)
             if age < self._limit_s / 2:
-                heard, woken = {}, time.monotonic()
+                heard, woken = _Heard(now), time.monotonic()
                 continue
-            beats = board.read()
-            for rank in range(dist.get_world_size()):
-                count = beats[rank].count if rank in beats else 0
-                if rank not in heard or heard[rank][0] != count:
-                    heard[rank] = (count, now)
-            silent = {rank: now - when for rank, (_, when) in heard.items() if now - when >= self._limit_s / 4}
+            heard.note(board.read(), now)
             if age >= self._limit_s:
+                silent = heard.silent(now, self._limit_s / 4)
+                beats = None if now - heard.answered >= self._limit_s / 4 else heard.beats
                 told = verdict(mine, age, dist.get_rank(), beats, silent, self._limit_s)
                 if told is not None:
-                    sys.stderr.write(f"error (process {dist.get_rank()}): {told}; {_WAY_ON}\n")
+                    sys.stderr.write(f"error (process {dist.get_rank()}): {told}; {self._remedy}\n")
                     os._exit(EXIT_STALLED)
             woken = time.monotonic()
 
 
+class _Heard:
+    """What the others have said, and when that was last something new.
+
+    Attributes:
+        beats: what each said last.
+        answered: when they could last be asked.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.beats: dict[int, Beat] = {}
+        self.answered = now
+        self._news = dict.fromkeys(range(dist.get_world_size()), now)
+
+    def note(self, beats: dict[int, Beat] | None, now: float) -> None:
+        """Note what all say now; None where there was no answer, which tells nothing of any of them."""
+        if beats is None:
+            return
+        for rank, beat in beats.items():
+            if rank not in self.beats or self.beats[rank].count != beat.count:
+                self._news[rank] = now
+        self.beats, self.answered = beats, now
+
+    def silent(self, now: float, after_s: float) -> dict[int, float]:
+        """Return for how long those have said nothing new for whom it is that long."""
+        return {rank: now - when for rank, when in self._news.items() if now - when >= after_s}
+
+
 def verdict(
-    mine: Activity, age_s: float, rank: int, beats: Mapping[int, Beat], silent: Mapping[int, float], limit_s: float
+    mine: Activity,
+    age_s: float,
+    rank: int,
+    beats: Mapping[int, Beat] | None,
+    silent: Mapping[int, float],
+    limit_s: float,
 ) -> str | None:
     """Return why a process that has not got on for too long is to end, in words; None where it is to wait on.
 
     Args:
         mine, age_s: what it is at, and for how long.
         rank: its number.
-        beats: what the others last said, by their numbers; empty where they cannot be heard.
+        beats: what the others last said, by their numbers; None where they cannot be asked.
         silent: for how many seconds some of them have said nothing.
         limit_s: how long is too long.
     """
     if mine.kind == "working":
         return f"this process has been at {mine.what} for {age_s:.0f} s without getting on"
     here = f"this one has been {'' if mine.kind == 'waiting' else 'at '}{mine.what} for {age_s:.0f} s"
-    if not beats:
+    if beats is None:
         return f"the machine of process 0 cannot be reached, and {here}"
     told = []
     for other, seconds in sorted(silent.items()):
@@ -150,30 +183,34 @@ class _Board:
         self._timeout_s = max(1.0, timeout_s)
         self._store.set_timeout(timedelta(seconds=self._timeout_s))
         self._count = 0
+        self._all_begun = False
         self._asking: threading.Thread | None = None
 
     def put(self, mine: Activity, age_s: float) -> None:
         self._count += 1
         beat = Beat(self._count, socket.gethostname(), mine.what, mine.kind, age_s)
-        self._asked(lambda: self._store.set(_key(dist.get_rank()), json.dumps(asdict(beat))), None)
+        self._asked(lambda: self._store.set(_key(dist.get_rank()), json.dumps(asdict(beat))))
 
-    def read(self) -> dict[int, Beat]:
-        """Return what all processes have said; nothing where they cannot be heard."""
-        return self._asked(self._read, {})
+    def read(self) -> dict[int, Beat] | None:
+        """Return what the processes have said that have begun; None where they cannot be asked now."""
+        return self._asked(self._read)
 
     def _read(self) -> dict[int, Beat]:
-        keys = [_key(rank) for rank in range(dist.get_world_size())]
-        said = {rank: self._store.get(key) for rank, key in enumerate(keys) if self._store.check([key])}
-        return {rank: Beat(**json.loads(text)) for rank, text in said.items()}
+        keys = {rank: _key(rank) for rank in range(dist.get_world_size())}
+        self._all_begun = self._all_begun or self._store.check(list(keys.values()))
+        if not self._all_begun:
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        texts = self._store.multi_get(list(keys.values())) if keys else []
+        return {rank: Beat(**json.loads(text)) for rank, text in zip(keys, texts, strict=True)}
 
-    def _asked(self, ask: Callable[[], T], without: T) -> T:
-        """Return the answer of the store, or `without` where there is none in time.
+    def _asked(self, ask: Callable[[], T]) -> T | None:
+        """Return the answer of the store, or None where there is none in time.
 
         It is asked in a thread of its own: a machine that is cut off lets who asks it wait for many minutes.
         """
         if self._asking is not None and self._asking.is_alive():
-            return without
-        answers = [without]
+            return None
+        answers: list[T | None] = [None]
 
         def run() -> None:
             with contextlib.suppress(RuntimeError, ValueError):  # it cannot be reached, or is closed

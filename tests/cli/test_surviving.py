@@ -374,7 +374,7 @@ def test_a_clock_that_is_set_back_changes_nothing(finished, shards, tmp_path, mo
 @pytest.mark.slow
 def test_a_folder_that_vanishes_is_made_anew_and_told(finished, shards, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    at_image(monkeypatch, 72, lambda: shutil.rmtree(out))
+    at_image(monkeypatch, 72, lambda: out.rename(tmp_path / "gone"))
     assert main(options(shards, out, 0.128, *QUICK)) == 0
     log = (out / "log.txt").read_text()
     assert f"ALARM folder: {out} has vanished and was made anew; what it held before is gone" in log

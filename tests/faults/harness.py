@@ -7,6 +7,7 @@ which those are found too that outlive their launcher.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -317,7 +318,8 @@ def largest_relative_difference(ours: Saved, theirs: Saved) -> tuple[float, str]
     found = []
     for name, tensor in ours.tensors.items():
         a, b = tensor.double(), theirs.tensors[name].double()
-        found.append((float((a - b).norm() / b.norm().clamp(min=1e-30)), name))
+        difference = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        found.append((difference if math.isfinite(difference) else math.inf, name))
     return max(found)
 
 

@@ -240,7 +240,8 @@ def _interrupt(nodes: TwoNodes, fault: str) -> Outcome:
 def train_alone(folder: Path) -> Path:
     """Train the same in one process, on one core as each node's; return the folder of the run."""
     shutil.copytree(prepare_faces(folder, 16), folder / "disk" / "faces16")
-    with Training(plain(*OPTIONS), folder / "disk", folder / "disk" / "run", core=0) as training:
+    core = min(os.sched_getaffinity(0))
+    with Training(plain(*OPTIONS), folder / "disk", folder / "disk" / "run", core=core) as training:
         assert training.wait(300) == 0, training.output
     return training.out
 

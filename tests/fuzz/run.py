@@ -93,6 +93,8 @@ def all_outcomes(targets: Sequence[str], cases: range, keep: Path) -> dict[str, 
             command = [sys.executable, __file__, "--targets", *names, *again]
             environment = {**os.environ, "STYLEPIPE_KERNELS": "torch"}  # compiles nothing
             child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            if not (Path(folder) / _AT).exists():  # it has not come so far as to begin
+                raise RuntimeError(child.stderr)
             for line in (Path(folder) / _PROGRESS).read_text().splitlines():
                 told = json.loads(line)
                 left.remove(told["target"])

@@ -7,7 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import Training, broken_files, differences, read_state, stats_of, torchrun
+from harness import (
+    Training,
+    broken_files,
+    differences,
+    newest_whole_state,
+    read_state,
+    stats_of,
+    torchrun,
+    wait_until,
+)
 
 
 def elastic(work: Path, *options: object) -> Training:
@@ -28,7 +37,7 @@ def test_a_killed_process_costs_no_more_than_time(
     rank: int, options: list[object], straight: Path, tmp_path: Path
 ) -> None:
     with elastic(tmp_path, *options) as training:
-        training.wait_for_images(320)  # states are there since 128 and 256
+        wait_until(lambda: newest_whole_state(tmp_path / "run") >= 256, "a state of 256 images", 300)
         before = training.ranks()
         assert training.signal_rank(rank, signal.SIGKILL)
         training.wait_for_line(r"going on from [\d.]+ to 0.8 kimg")

@@ -158,7 +158,7 @@ def tasks(training: Training) -> list[psutil.Process]:
     for process in training.processes():
         with suppress(psutil.Error):
             if (rank := process.environ().get("RANK")) is not None:
-                ranks[int(rank)] = process
+                ranks.setdefault(int(rank), process)  # the eldest: it may have started others
     return [ranks[rank] for rank in sorted(ranks)]
 
 

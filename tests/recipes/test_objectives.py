@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from watchdog import NoHostSync
+from no_host_sync import NoHostSync
 
 from stylepipe.config import AnnealConfig, Config, EMAConfig, GrowthConfig, LossConfig, NetworkConfig, OptimConfig
 from stylepipe.datasets.reader import Batch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from watchdog import NoHostSync
+from no_host_sync import NoHostSync
 
 from stylepipe.config import LossConfig, NetworkConfig, OptimConfig
 from stylepipe.training.engine import is_healthy

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from no_host_sync import NoHostSync
 from torch import nn
-from watchdog import NoHostSync
 
 from stylepipe.config import Config, EMAConfig, GrowthConfig
 from stylepipe.errors import UserError
