@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from accelerate import Accelerator
 
 from stylepipe.config import Config, filled
 from stylepipe.datasets.order import ORDER_VERSION
-from stylepipe.datasets.processes import available_cpus
 from stylepipe.datasets.reader import Batch
-from stylepipe.datasets.training_data import TrainingData, batches_of
+from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
 from stylepipe.run_files import clear_half_files, network_file
 from stylepipe.training import activity
@@ -31,18 +30,21 @@ from stylepipe.training.checkpoint import (
     newest_healthy_state,
     set_aside_damaged,
 )
-from stylepipe.training.distributed import local_processes, on_every_process, on_main_process, sum_, together
+from stylepipe.training.distributed import on_every_process, on_main_process, sum_, together
 from stylepipe.training.engine import Engine
 from stylepipe.training.evaluation import Evaluation
+from stylepipe.training.feed import Feed
 from stylepipe.training.growth import Schedule, Stage, end_of
 from stylepipe.training.interrupt import Interrupt
 from stylepipe.training.keeper import Keeper
 from stylepipe.training.launched import command_again, launcher_process
+from stylepipe.training.lines import opening_line, stage_line, tick_line
 from stylepipe.training.measuring import RunMetrics
 from stylepipe.training.memory import is_out_of_memory, peak_memory_gib
 from stylepipe.training.phase import Recipe
 from stylepipe.training.power_ema import remove_later_averages
 from stylepipe.training.progress import Progress, RunLog
+from stylepipe.training.rollbacks import Rollbacks
 from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
 from stylepipe.training.tracker import FINISH_TIMEOUT_S, STOP_TIMEOUT_S, Tracker
@@ -52,10 +54,6 @@ from stylepipe.version import code_version
 logger = logging.getLogger(__name__)
 
 PROJECT = "stylepipe"
-ROLLBACK_FACTOR = 2.0  # of penalties, each time
-MAX_ROLLBACKS = 4
-WAITING_TOLD_S = 10.0  # without data
-MAX_WORKERS = 8  # decoding threads per GPU: more than one GPU's training asks for
 
 
 class Trainer:
@@ -118,24 +116,21 @@ class Trainer:
                     "%s was saved with another order of images; from here on the new order holds", state.path
                 )
         history = {} if state is None or penalties_changed(state, config) else state.info
-        self.rollbacks: int = history.get("rollbacks", 0)
-        self._rollbacks_in_a_row: int = history.get("rollbacks_in_a_row", 0)
-        self._penalties = recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
+        self._rollbacks = Rollbacks(recipe, history)
         self._alarms = Alarms({} if state is None else state.info.get("alarms"))
         self._diversity = DiversityWatch(recipe, dataset, config.on_bad == "skip")
         self.first_image = self.engine.images_seen
         self.total_images = last_image(recipe.schedule, self.first_image, filled(config.kimg))
         self._last = self._stage_before()
-        self._opened: tuple[int, int] | None = None  # what the data was opened for
         self.sec_per_kimg: float | None = None
         self._seconds, self._images = 0.0, 0
+        self._tick_start, self._tick_images = time.perf_counter(), self.first_image
         self._saved_at = self.first_image  # up to here there is nothing that is not saved, or is on its way
         self._stats: dict[str, float] = {}  # of the last tick
-        self._data = _nothing()
+        self._interrupt = Interrupt(launcher_process(), config.max_hours)
+        self._feed = Feed(config, dataset, accelerator, self.engine.record, self.say, lambda: self._interrupt.asked)
         self._asked_to_stop = False
         self._lacks_network = False
-        self._waited = 0.0  # seconds for the latest batch that was late
-        self._bad: set[str] = set()  # what has been told of images that cannot be read
         self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
             clear_remains(out)
@@ -162,18 +157,18 @@ class Trainer:
         self._note_history()
         self.progress = Progress(self.total_images / 1000, self.engine.images_seen, shown=self.is_main)
 
-    def run(self) -> Interrupt:
-        """Train to the end, or until asked to stop; return what asked, if anything did.
-
-        The last state and network are always written.
-        """
-        self.say(self._opening())
+    def run(self) -> None:
+        """Train to the end, or until asked to stop; the last state and network are always written."""
+        self.say(
+            opening_line(
+                self.config, self.recipe, self.dataset, self.accelerator, self.engine.images_seen, self.total_images
+            )
+        )
         for line in self._changes:
             self.say(line)
-        if self.rollbacks:
-            self.say(f"rolled back {self.rollbacks} times so far: {self._penalties}")
-        with Interrupt(launcher_process(), self.config.max_hours) as interrupt:
-            self._interrupt = interrupt
+        if self._rollbacks.count:
+            self.say(f"rolled back {self._rollbacks.count} times so far: {self._rollbacks.penalties}")
+        with self._interrupt as interrupt:
             if self.engine.images_seen == 0:
                 self._on_main(self.snapshots.real_grid)
                 self.keeper.show(self.snapshots.grid, self._last)
@@ -188,12 +183,8 @@ class Trainer:
             failure = None
             while not self.finished:
                 stage = self.stage
-                if _data_of(stage) != self._opened:
-                    self.say(self._stage_line())
-                    failure = failure or _failure(self._open_data)
-                batch, late = self._next_batch() if failure is None else (None, failure)
+                batch, failure = self._next_batch(stage)
                 if interrupt.agreed(failed=batch is None):
-                    failure = late
                     break
                 assert batch is not None
                 self._step(batch)
@@ -204,7 +195,6 @@ class Trainer:
             self._asked_to_stop = interrupt.asked
             on_every_process(self.accelerator, _stop_for, failure)
         self.say(self._closing(interrupt))
-        return interrupt
 
     @property
     def stage(self) -> Stage:
@@ -225,7 +215,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let go of data, terminal, tracker and log."""
-        self._data.close()
+        self._feed.close()
         self.snapshots.close()
         self.progress.close()
         self.tracker.finish(STOP_TIMEOUT_S if self._asked_to_stop else FINISH_TIMEOUT_S)
@@ -233,45 +223,18 @@ class Trainer:
             self.log.close()
 
     def _open_data(self) -> None:
-        """Open the data where the training stands, at the resolution and batch size of its stage."""
-        stage = self.stage
-        self._opened = _data_of(stage)
-        self._data.close()  # first the old one's threads end, and give their memory back
-        self._data = batches_of(
-            self.dataset,
-            stage.resolution,
-            window_shards=filled(self.config.data_window),
-            seed=self.config.seed,
-            batch_size=stage.batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            mirror=self.config.mirror,
-            start=self.engine.images_seen,
-            skip_bad=self.config.on_bad == "skip",
-            workers=self._workers(),
-            device=self.accelerator.device,
-            waiting=self._while_waiting,
-        )
+        """Open the data where the training stands."""
+        self._feed.open(self.stage, self.engine.images_seen)
 
-    def _next_batch(self) -> tuple[Batch | None, UserError | None]:
+    def _next_batch(self, stage: Stage) -> tuple[Batch | None, UserError | None]:
         """Return the next batch; none where the data cannot be read, with the reason, or on a request to stop."""
         try:
-            with activity.during("reading data", "unlimited" if self.dataset.waits else "working"):
-                batch = next(self._data)
-        except _StoppedWaitingError:
-            return None, None
+            if not self._feed.serves(stage):
+                self.say(stage_line(stage))
+                self._open_data()
+            return self._feed.next(self.engine.images_seen), None
         except UserError as error:
             return None, error
-        if self.config.on_bad == "skip":
-            self.engine.record.stat(
-                "Data/replaced", torch.full((), len(batch.bad) / len(batch.images), device=self.accelerator.device)
-            )
-            for text in sorted(set(batch.bad) - self._bad):
-                self.say(f"another image stands in: {text}")
-                if not self.is_main:
-                    logger.warning("another image stands in: %s", text)
-            self._bad.update(batch.bad)
-        return batch, None
 
     def _step(self, batch: Batch) -> None:
         """Take a step.
@@ -296,14 +259,6 @@ class Trainer:
             f"--batch-gpu {self.stage.batch_gpu}: out of memory on {self.accelerator.device}{saved}; start the same "
             f"command with --out {self.out} and half of it, or with --batch-gpu auto"
         )
-
-    def _while_waiting(self, seconds: float) -> None:
-        """Say so when the data is late, and leave off for a request to stop."""
-        if seconds >= WAITING_TOLD_S > self._waited:
-            self.say(f"waiting for data since {seconds:.0f} s, at {self.engine.images_seen / 1000:g} kimg")
-        self._waited = seconds
-        if self._interrupt.asked:
-            raise _StoppedWaitingError
 
     def _keep_up(self, stopping: bool = False) -> None:
         """Do what is due after a step, or before the training stops short of its end."""
@@ -340,7 +295,7 @@ class Trainer:
     def _save(self, *, interim: bool) -> None:
         """Begin to save state and, but for an interim one, network."""
         if not divergence_in(self._stats, 1):
-            self._rollbacks_in_a_row = 0
+            self._rollbacks.end_the_row()
         self._note_history()
         self._saved_at = self.engine.images_seen
         self.keeper.begin(self._last, interim=interim)
@@ -378,20 +333,19 @@ class Trainer:
         kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
         self._on_main(self.metrics.follow_best)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
-        given_up = self._rollbacks_in_a_row == MAX_ROLLBACKS
-        if self.config.on_divergence == "stop" or healthy is None or given_up:
-            self._on_main(partial(_stop, f"{happened}; {self._way_out(healthy, given_up)}; {kept}"))
+        stops = self.config.on_divergence == "stop"
+        if stops or healthy is None or self._rollbacks.exhausted:
+            way_out = self._rollbacks.way_out(self.out, healthy, stops=stops)
+            self._on_main(partial(_stop, f"{happened}; {way_out}; {kept}"))
         assert healthy is not None
         alarms = on_main_process(self.accelerator, self._go_back_to, healthy)
         self.engine.share_state()
-        self.rollbacks += 1
-        self._rollbacks_in_a_row += 1
-        self._penalties = self.recipe.regularize(ROLLBACK_FACTOR**self.rollbacks)
+        self._rollbacks.add()
         self._alarms = Alarms(alarms)
         self._note_history()
         self._last, self._saved_at = self._stage_before(), self.engine.images_seen
         self._on_main(partial(self.snapshots.amend, healthy))  # before it is told: a resumed run goes on the same way
-        told = f"{happened}; rolled back to {healthy}, with {self._penalties} from there on; {kept}"
+        told = f"{happened}; rolled back to {healthy}, with {self._rollbacks.penalties} from there on; {kept}"
         self._on_main(partial(self._tell_rollback, told))
         on_every_process(self.accelerator, self._open_data)
 
@@ -411,20 +365,6 @@ class Trainer:
         self.tracker.rewind(seen)
         self._raise_alarms({"rollback": told})
         self.log.stats(seen, {"Alarm/rollback": told})
-
-    def _way_out(self, healthy: Path | None, given_up: bool) -> str:
-        """Return what to do about a divergence that stops the training."""
-        again = f"start the same command with --out {self.out}"
-        if healthy is None:
-            way = "no healthy state was saved before; start anew in another --out"
-        elif given_up:
-            way = f"it was rolled back {MAX_ROLLBACKS} times in a row, up to {self._penalties}; {again}"
-        else:
-            way = f"{again} to go on from {healthy.name}"
-        remedies = ["a lower --optim.g-lr and --optim.d-lr", "stronger regularization"]
-        if self.config.on_divergence == "stop":
-            remedies.append("--on-divergence rollback")
-        return f"{way}, with {', or '.join(remedies)}"
 
     def _see_to_a_healthy_state(self) -> None:
         """Save a state to roll back to where there is none yet."""
@@ -480,11 +420,7 @@ class Trainer:
 
     def _note_history(self) -> None:
         """Have the next state say how the run fares."""
-        self.snapshots.history = {
-            "rollbacks": self.rollbacks,
-            "rollbacks_in_a_row": self._rollbacks_in_a_row,
-            "alarms": self._alarms.state,
-        }
+        self.snapshots.history = {**self._rollbacks.history, "alarms": self._alarms.state}
 
     def _gather_statistics(self) -> dict[str, float]:
         sums = self.engine.record.take_sums()
@@ -496,53 +432,11 @@ class Trainer:
         """Save on the main process; if that fails, all processes end together."""
         on_main_process(self.accelerator, save)
 
-    def _workers(self) -> int:
-        """Return how many threads decode: on a CPU none, which they would take from the training."""
-        if self.config.workers is not None:
-            return self.config.workers
-        if self.accelerator.device.type == "cpu":
-            return int(self.dataset.waits)  # a server, not the data, is what one thread waits for then
-        return max(1, min(MAX_WORKERS, available_cpus() // local_processes() - 1))
-
-    def _opening(self) -> str:
-        config, seen = self.config, self.engine.images_seen
-        count = self.accelerator.num_processes
-        processes = "1 process" if count == 1 else f"{count} processes"
-        sizes = [
-            f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
-            for name, network in self.recipe.networks.items()
-        ]
-        return (
-            f"{config.preset} at {config.res} px on {self.dataset.name} ({self.dataset.summary}), "
-            f"{processes} on {self.accelerator.device.type}, "
-            f"batch {self.stage.batch_size} ({self.stage.batch_gpu} at a time per device), {config.precision}; "
-            f"{', '.join(sizes)}; {self._plan()}"
-            f"{'from' if seen == 0 else 'going on from'} {seen / 1000:g} to {self.total_images / 1000:g} kimg"
-        )
-
     def _growth(self) -> dict[str, float]:
         """Return what a log line says of growing; nothing where nothing grows."""
         if len(self.recipe.schedule.stages()) == 1:
             return {}
         return {"Progress/resolution": self._last.resolution, "Progress/alpha": self._last.alpha}
-
-    def _plan(self) -> str:
-        """Say where growing begins and how far it comes; nothing where nothing grows."""
-        if len(self.recipe.schedule.stages()) == 1:
-            return ""
-        last, full = self.recipe.schedule.at(max(self.first_image, self.total_images - 1)), self.config.res
-        short = ""
-        if (last.resolution, last.fading) != (full, False):
-            whole = next(s for s in self.recipe.schedule.stages() if (s.resolution, s.fading) == (full, False))
-            short = (
-                f" (the full {full} px are there from {whole.images_seen / 1000:g} kimg on; --growth.stable-kimg and "
-                f"--growth.fade-kimg make it sooner)"
-            )
-        return f"growing from {self.stage.resolution} to {last.resolution} px{short}; "
-
-    def _stage_line(self) -> str:
-        stage = self.stage
-        return f"now at {stage.resolution} px, batch {stage.batch_size} ({stage.batch_gpu} at a time per device)"
 
     def _closing(self, interrupt: Interrupt) -> str:
         seen = self.engine.images_seen
@@ -566,14 +460,6 @@ def last_image(schedule: Schedule, first_image: int, kimg: float) -> int:
     return end_of(schedule, first_image, wanted)
 
 
-class _StoppedWaitingError(Exception):
-    """A request to stop came while the training waited for data."""
-
-
-def _nothing() -> Generator[Batch, None, None]:
-    yield from ()
-
-
 def _stop(message: str) -> None:
     raise UserError(message)
 
@@ -581,23 +467,3 @@ def _stop(message: str) -> None:
 def _stop_for(failure: UserError | None) -> None:
     if failure is not None:
         raise failure
-
-
-def _failure(open_data: Callable[[], None]) -> UserError | None:
-    try:
-        open_data()
-    except UserError as error:
-        return error
-    return None
-
-
-def _data_of(stage: Stage) -> tuple[int, int]:
-    """Return what of a stage the data is opened for."""
-    return stage.resolution, stage.batch_size
-
-
-def tick_line(stats: Mapping[str, float], headline: Mapping[str, float | None]) -> str:
-    """Return the line of the log for one tick; a dash stands for what no step since the last one has measured."""
-    parts = [f"kimg {stats['Progress/kimg']:<9.3f}", f"s/kimg {stats['Timing/sec_per_kimg']:<8.2f}"]
-    parts += [f"{label} {'-' if value is None else format(value, '.4f'):<8}" for label, value in headline.items()]
-    return "  ".join(parts) + f"  mem {stats['Resources/peak_memory_gib']:.2f} GiB"
