@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +24,7 @@ from stylepipe.datasets.shards import LEVELS_FOLDER, ShardDataset, is_prepared, 
 from stylepipe.datasets.sources.opening import open_source
 from stylepipe.datasets.store import redacted
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path, locked
-
-CACHE_VARIABLE = "STYLEPIPE_CACHE"
+from stylepipe.files import CACHE_VARIABLE, atomic_path, cache_folder, locked
 
 _DRAWN_WITHOUT_LABELS = "the built-in faces have no labels; name data that has with --data, or leave out --cond"
 
@@ -151,13 +148,6 @@ def label_dimensions(photographs: str | Path | None) -> int:
     if photographs is None:
         raise UserError(_DRAWN_WITHOUT_LABELS)
     return find_labels(open_source(photographs)).c_dim
-
-
-def cache_folder() -> Path:
-    """Return where prepared data is kept: STYLEPIPE_CACHE, else stylepipe/ in XDG_CACHE_HOME, else in ~/.cache."""
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylepipe"
 
 
 def _downloaded(location: str, resolution: int, labels: bool, levels: int | None) -> Path:

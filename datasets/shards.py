@@ -33,6 +33,7 @@ from stylepipe.datasets.manifest import FORMAT_NAME, INDEX_FILE, LABELS_FILE, LE
 from stylepipe.datasets.order import GlobalOrder, Order, WindowOrder
 from stylepipe.datasets.shard_files import LocalShards, ShardFile, Shards
 from stylepipe.errors import UserError
+from stylepipe.files import cache_folder
 from stylepipe.parsing import one_line
 
 INDEX_DTYPE_V1 = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8"), ("label", "<i4")])
@@ -349,6 +350,8 @@ def _damaged(path: Path, manifest: Manifest, finding: str) -> UserError:
 def _remedy(path: Path, manifest: Manifest) -> str:
     if LEVEL_OF in manifest.options:
         return _remove_levels(path.parent)
+    if path.resolve().is_relative_to(cache_folder().resolve()):
+        return f"remove {path}, and training prepares it again in the cache"
     return "copy the dataset again from its source, or prepare it anew"
 
 

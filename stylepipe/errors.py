@@ -8,6 +8,11 @@ class UserError(ValueError):
     """
 
 
+def of_file(error: OSError) -> str:
+    """Return what a user is to be told of an error of the file system."""
+    return f"{error}; see to the path, its permissions and the room on its disk"
+
+
 class ProcessLostError(RuntimeError):
     """Another process of the training has gone: nobody's mistake, and the same command goes on from the newest state.
 

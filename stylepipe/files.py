@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and one process at a time."""
+"""Where files go, and writing them so that a reader never sees half of one, and one process at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+CACHE_VARIABLE = "STYLEPIPE_CACHE"
 
 log = logging.getLogger(__name__)
 
@@ -87,3 +89,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return where prepared data is kept: STYLEPIPE_CACHE, else stylepipe/ in XDG_CACHE_HOME, else in ~/.cache."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stylepipe"

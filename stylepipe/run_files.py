@@ -18,7 +18,7 @@ BEST_NETWORK = "network-best.safetensors"
 # Not those of networks with an average made afterwards, which `stylepipe ema` may be writing now.
 _HALF_FILE = re.compile(
     r"\.(\d{6,}\.\d{3}\.(png|gif|safetensors)|network-(best|\d{6,}\.\d{3})\.safetensors|real\.png"
-    r"|config\.yaml|log\.txt|stats\.jsonl|metrics\.jsonl)\.\d+\.tmp"
+    r"|config\.yaml|state\.json|log\.txt|stats\.jsonl|metrics\.jsonl)\.\d+\.tmp"
 )
 _NETWORK = re.compile(r"network-(\d{6,}\.\d{3})\.safetensors")
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from stylepipe.cli.train import settle
 from stylepipe.config import Config, filled
@@ -71,7 +72,12 @@ def bench_saving(options: Saving, accelerator: Accelerator) -> dict[str, Any]:
                 if writing.done():
                     break
                 beside[-1].append((phase.name, time_phase(engine, phase, images, labels)))
-            rounds.append((held, writing.result()))
+            try:
+                rounds.append((held, writing.result()))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"--folder {options.folder}: cannot be written ({error}); make room, or name another"
+                ) from error
             for path in Path(folder).iterdir():
                 shutil.rmtree(path)
     held, written = (statistics.median(column) for column in zip(*rounds[1:], strict=True))

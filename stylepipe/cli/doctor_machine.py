@@ -18,10 +18,10 @@ import torch
 
 from stylepipe.cli.finding import Finding
 from stylepipe.datasets import decoding
-from stylepipe.datasets.cache import CACHE_VARIABLE
-from stylepipe.datasets.cache import cache_folder as data_folder
 from stylepipe.datasets.processes import available_cpus
 from stylepipe.errors import UserError
+from stylepipe.files import CACHE_VARIABLE
+from stylepipe.files import cache_folder as data_folder
 from stylepipe.kernels import native
 from stylepipe.kernels.cache import FOLDER_VARIABLE
 from stylepipe.kernels.nvrtc import LIBRARY_VARIABLE

@@ -16,10 +16,11 @@ from accelerate import Accelerator
 
 from stylepipe.cli.joined import joined
 from stylepipe.config import MAX_SEED, Config
-from stylepipe.datasets.cache import cache_folder, dataset_for_training
+from stylepipe.datasets.cache import dataset_for_training
 from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, open_dataset
 from stylepipe.datasets.streaming import is_stream
 from stylepipe.errors import UserError
+from stylepipe.files import cache_folder
 from stylepipe.interop.network_file import NetworkHeader, license_notice, load_network, read_header, same_labels
 from stylepipe.metrics.registry import METRICS, metrics_named, parse_names
 from stylepipe.metrics.weights import WEIGHTS_VARIABLE
@@ -68,7 +69,7 @@ class EvaluateOptions:
 def main(argv: Sequence[str]) -> None:
     """Parse the options, measure, and print a line for each metric of each network."""
     options = tyro.cli(EvaluateOptions, args=list(argv), prog="stylepipe evaluate", description=DESCRIPTION)
-    with joined() as accelerator, Watchdog(Config.stall_minutes * 60, "start the same command again"):
+    with joined() as accelerator, Watchdog(Config.stall_minutes * 60):
         evaluate(options, accelerator)
 
 

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from stylepipe.errors import ProcessLostError, UserError
+from stylepipe.errors import ProcessLostError, UserError, of_file
 
 # Each is a module of stylepipe.cli with a `main(argv)`, imported only when it is asked for.
 COMMANDS = {
@@ -28,7 +28,10 @@ COMMANDS = {
 }
 
 # What the file system answers to a user's path, anywhere.
-FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR)
+FILE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP),
+)
 
 EXIT_LOST = 1
 EXIT_MISTAKE = 2
@@ -88,8 +91,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
         print(f"error{_process()}: {error}", file=sys.stderr)
         return EXIT_MISTAKE
     except ProcessLostError as error:
-        way_on = " to go on from the newest state" if command == "train" else " again"
-        print(f"error{_process()}: {error}; start the same command{way_on}", file=sys.stderr)
+        print(f"error{_process()}: {error}", file=sys.stderr)
         return EXIT_LOST
     except BrokenPipeError:  # such as `stylepipe train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
@@ -97,7 +99,7 @@ def _run(command: str, argv: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        print(f"error: {error}; see to the path, its permissions and the room on its disk", file=sys.stderr)
+        print(f"error{_process()}: {of_file(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

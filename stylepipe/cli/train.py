@@ -41,11 +41,13 @@ from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
+from stylepipe.run_files import CONFIG_FILE
 from stylepipe.training import activity
-from stylepipe.training.checkpoint import State
+from stylepipe.training.checkpoint import State, newest_state
 from stylepipe.training.distributed import on_every_process, on_main_process, together
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.growth import Stage
+from stylepipe.training.launched import command_again
 from stylepipe.training.measuring import best_metric_of, evaluation_of
 from stylepipe.training.probe import largest_batch_gpu
 from stylepipe.training.run_folder import check_goes_on, find_state, make_run_folder, only_run_in
@@ -87,7 +89,8 @@ def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
     early.add_argument("--config", type=Path)
     early.add_argument("--init")
     known, rest = early.parse_known_args(argv)
-    default = read_config(known.config, known.init)
+    begun = None if known.config is not None else _config_of_run(argv, known.init)
+    default = read_config(known.config, known.init) if begun is None else begun
     config = tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
     if default.preset is not None and config.preset != default.preset:
         raise UserError(
@@ -98,9 +101,22 @@ def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
         raise UserError(
             f"--init {known.init} and --resume {config.resume}: a state holds networks already; give one of them"
         )
-    if config.init is not None:
+    if config.init is not None and begun is None:
         check_settings(config, config.init)
     return config
+
+
+def _config_of_run(argv: Sequence[str], init: str | None) -> Config | None:
+    """Return the settings of the run in --out, if it began from the file `init` that is gone: it needs that no more."""
+    if init is None or Path(init).exists():
+        return None
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--out", type=Path)
+    out = early.parse_known_args(argv)[0].out
+    if out is None or newest_state(out) is None or not (out / CONFIG_FILE).is_file():
+        return None
+    values = _read_yaml(out / CONFIG_FILE)
+    return from_mapping(Config, values, str(out / CONFIG_FILE)) if values.get("init") == init else None
 
 
 def read_config(path: Path | None, init: str | None) -> Config:
@@ -130,12 +146,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def train(config: Config, accelerator: Accelerator) -> None:
     """Run the training that `config` asks for, to its end or until it is asked to stop."""
     config = on_every_process(accelerator, settle, config, accelerator)
-    remedy = "start the same command to go on from the newest state (--stall-minutes says how long a process may take)"
-    with Watchdog(config.stall_minutes * 60, remedy):
-        train_watched(config, accelerator)
+    with Watchdog(config.stall_minutes * 60, " (--stall-minutes says how long a process may take)") as watchdog:
+        train_watched(config, accelerator, watchdog)
 
 
-def train_watched(config: Config, accelerator: Accelerator) -> None:
+def train_watched(config: Config, accelerator: Accelerator, watchdog: Watchdog) -> None:
     """Run the training of settled options."""
     state = shared_state(config, accelerator)
     with activity.during("preparing the data", "unlimited"):
@@ -152,6 +167,7 @@ def train_watched(config: Config, accelerator: Accelerator) -> None:
     measured = evaluation.names if evaluation is not None else "none"
     config = replace(config, metrics=measured, best_metric=best_metric_of(config, evaluation))
     out = on_main_process(accelerator, make_run_folder, config, dataset.name, state)
+    watchdog.remedy = f"to go on from the newest state: {command_again(out)}"
     with ExitStack() as stack:
         on_main_process(accelerator, stack.enter_context, only_run_in(out, state))
         recipe = make_recipe(config, dataset, c_dim, accelerator)

@@ -1,17 +1,19 @@
 """States: folders `state-<kimg>/` with all that exact resuming needs.
 
-A state is two files: `state.safetensors`, the engine's tensors, and `state.json`, what they belong to and the digest of
-the first. The folder appears in one rename, so one that has its name is whole unless the disk lost something since.
+A state is two files: `state.safetensors`, the engine's tensors, and `state.json`, what they belong to, with the digests
+of both. The folder appears in one rename, so one that has its name is whole unless the disk lost something since.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -25,7 +27,7 @@ from stylepipe.parsing import one_line, parse_json
 from stylepipe.run_files import kimg_name, network_files
 from stylepipe.training.power_ema import averages_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of version 1, state.json had no digest of its own
 DIVERGED = "diverged"
 """Kind of the states that are kept of a divergence, to be looked at."""
 DAMAGED = "damaged"
@@ -33,6 +35,19 @@ DAMAGED = "damaged"
 
 _NAME = re.compile(r"state-\d{6,}\.\d{3}")
 _REMAINS = re.compile(rf"\.+(state|{DIVERGED}|{DAMAGED})-")
+
+# Of what a state says beside its tensors, where it says that.
+_KINDS: Mapping[str, type | UnionType] = {
+    "config": dict,
+    "origin": dict,
+    "alarms": dict | None,
+    "data": dict | None,
+    "healthy": bool,
+    "interim": bool,
+    "rollbacks": int,
+    "rollbacks_in_a_row": int,
+    "tracker_run_id": str | None,
+}
 
 
 class DamagedStateError(UserError):
@@ -89,7 +104,7 @@ def save_state(
             "layout": layout,
             "info": info,
         }
-        (folder / "state.json").write_text(json.dumps(description, indent=1) + "\n")
+        (folder / "state.json").write_text(_signed(description))
     before = path.with_name(f".{path.name}.deleted.tmp")
     if path.exists():
         path.rename(before)
@@ -110,14 +125,14 @@ def amend_state(path: Path, info: Mapping[str, Any]) -> None:
     description = json.loads(file.read_text())
     description["info"].update(info)
     with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(description, indent=1) + "\n")
+        temporary.write_text(_signed(description))
 
 
 def load_state(path: Path) -> State:
     """Read a state folder.
 
     Raises:
-        DamagedStateError: content that is missing or is not as it was written.
+        DamagedStateError: content that is missing or is not as it was written; says what, and no remedy.
         UserError: no such folder, not a state, or a newer format.
     """
     if not path.is_dir():
@@ -127,36 +142,61 @@ def load_state(path: Path) -> State:
         raise UserError(f"--resume {path}: the folder of a run; expected one of its states, such as {newest}")
     if not _NAME.fullmatch(path.resolve().name) and not (path / "state.json").exists():
         raise UserError(f"--resume {path}: no state; expected a folder named state-<kimg>")
-    remedy = "delete that folder to go on from an older one, or give another with --resume"
     try:
         description = parse_json((path / "state.json").read_bytes())
         version = description["format_version"]
+        if description.get("digest", "") != digest_of(description) and ("digest" in description or version != 1):
+            raise DamagedStateError(f"{path / 'state.json'}: damaged since it was written")
         if version > FORMAT_VERSION:
             raise UserError(
                 f"{path}: state of format {one_line(version)}, but this stylepipe reads up to {FORMAT_VERSION}; "
                 f"upgrade it"
             )
         if version < 1:
-            raise UserError(f"{path}: state of format {one_line(version)}, which no stylepipe has written; expected 1")
+            raise UserError(f"{path}: state of format {one_line(version)}, which no stylepipe has written")
         tensor_file = path / "state.safetensors"
         if file_sha256(tensor_file) != description["sha256"]:
-            raise DamagedStateError(f"{tensor_file}: truncated or damaged since it was written; {remedy}")
+            raise DamagedStateError(f"{tensor_file}: truncated or damaged since it was written")
         images_seen, layout, info = (description[key] for key in ("images_seen", "layout", "info"))
         shapes = [shape for network in layout.values() for shape in network.values()]
         if type(images_seen) is not int or images_seen < 0 or not isinstance(info, dict):
             raise ValueError("it has no number of images, or says nothing else")
         if not all(isinstance(shape, list) for shape in shapes):
             raise ValueError("its layout is none")
+        if _NAME.fullmatch(path.resolve().name) and path.resolve().name != state_folder(images_seen):
+            raise DamagedStateError(f"{path}: is the state of {kimg_name(images_seen)} kimg, and has been renamed")
+        _check_info(info)
         return State(path, images_seen, load_file(tensor_file), layout, info)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise DamagedStateError(f"{path}: not a whole state, {missing} is missing; {remedy}") from error
+        raise DamagedStateError(f"{path}: not a whole state, {missing} is missing") from error
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see to its permissions and to the disk") from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise DamagedStateError(f"{path}: not a readable state ({one_line(error)}); {remedy}") from error
+        raise DamagedStateError(f"{path}: not a readable state ({one_line(error)})") from error
+
+
+def digest_of(description: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of all that a state.json says but for its digest, however it is laid out."""
+    said = json.loads(json.dumps({key: value for key, value in description.items() if key != "digest"}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _signed(description: Mapping[str, Any]) -> str:
+    return json.dumps({**description, "digest": digest_of(description)}, indent=1) + "\n"
+
+
+def _check_info(info: Mapping[str, Any]) -> None:
+    """Raise ValueError where a part of what a state says is of a kind that it never is."""
+    for name, kind in _KINDS.items():
+        if name in info and not isinstance(info[name], kind):
+            raise ValueError(f"its {name} is {one_line(repr(info[name]))}")
+    config = info.get("config", {})
+    for name in ("network", "loss", "growth", "optim", "ema", "aug"):
+        if not isinstance(config.get(name, {}), dict):
+            raise ValueError(f"its settings have {name} {one_line(repr(config[name]))}")
 
 
 def check_fits(state: State, layout: Mapping[str, Mapping[str, list[int]]]) -> None:
@@ -200,7 +240,7 @@ def newest_whole_state(out: Path) -> tuple[State | None, list[DamagedStateError]
         except DamagedStateError as error:
             wrong.append(error)
     if wrong:
-        raise DamagedStateError(f"{out}: none of its states is whole, start anew in another --out; {wrong[0]}")
+        raise DamagedStateError(f"{out}: none of its states is whole ({wrong[0]}); start anew in another --out")
     return None, wrong
 
 

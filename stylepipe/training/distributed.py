@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from stylepipe.datasets.processes import available_cpus
-from stylepipe.errors import ProcessLostError, UserError
+from stylepipe.errors import ProcessLostError, UserError, of_file
 from stylepipe.parsing import one_line
 from stylepipe.training import activity
 
@@ -91,8 +91,8 @@ def together(what: str, kind: activity.Kind = "waiting") -> Iterator[None]:
         if _OF_A_LINK.search(str(error)) is None:
             raise
         raise ProcessLostError(
-            f"lost another process of this training, while waiting for {what}: it has ended, which its own message "
-            f"tells of, or its machine cannot be reached ({one_line(error).partition('. ')[0]})"
+            f"lost another process, while waiting for {what}: it has ended, which its own message tells of unless it "
+            f"was killed, or its machine cannot be reached ({one_line(error).partition('. ')[0]})"
         ) from error
 
 
@@ -173,8 +173,10 @@ def on_every_process(accelerator: Accelerator, function: Callable[..., T], *argu
 def _attempt(function: Callable[..., T], arguments: Sequence[Any]) -> tuple[T | None, str | None]:
     try:
         return function(*arguments), None
-    except (UserError, OSError) as error:
+    except UserError as error:
         return None, str(error)
+    except OSError as error:
+        return None, of_file(error)
 
 
 def _fail_together(accelerator: Accelerator, failure: str | None) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 
 from stylepipe.config import Config
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path
+from stylepipe.files import atomic_path, locked
 from stylepipe.run_files import CONFIG_FILE
 from stylepipe.training import activity
 from stylepipe.training.checkpoint import newest_state
 from stylepipe.training.growth import Stage
 from stylepipe.training.progress import RunLog
+from stylepipe.training.run_folder import LOCK_NAME
 from stylepipe.training.settings import config_mapping
 from stylepipe.training.snapshots import Snapshots
 
@@ -48,10 +50,10 @@ class Keeper:
         self._tidy, self._alarm = tidy, alarm
         self._failed = self._averages_failed = False  # what was last to be saved
         self._interim = False
+        self._lock = ExitStack()
+        self._locked = _identity(out / LOCK_NAME)
         self._log_failed = self._vanished = False
         self.held_s = 0.0
-        if log is not None:
-            self._write_config()
 
     def begin(self, stage: Stage, *, interim: bool) -> None:
         """Begin to save state and, but for an interim one, network."""
@@ -148,18 +150,31 @@ class Keeper:
             self._alarm({"pictures": f"cannot be saved: {error}"})
 
     def see_to_folder(self) -> None:
-        """Make the run's folder anew where somebody has removed it: what is still learnt has to go somewhere."""
-        if self._log is None or (self._out.is_dir() and not self._vanished):
+        """Make the run's folder anew where somebody has removed it: what is still learnt has to go somewhere.
+
+        Raises:
+            UserError: another run has taken its place.
+        """
+        lock = self._out / LOCK_NAME
+        if self._log is None or (self._out.is_dir() and _identity(lock) == self._locked and not self._vanished):
             return
-        self._vanished = True
+        self._vanished = self._vanished or not self._out.is_dir()
         try:
             self._out.mkdir(parents=True, exist_ok=True)
-            self._write_config()
-            self._log.rewind(self._log.images_seen)
+            held = self._lock.enter_context(locked(lock, wait=False))
+            self._locked = _identity(lock)
+            if held and self._vanished:
+                self._log.rewind(self._log.images_seen)
+                self.write_config()
         except OSError:  # the next thing that is saved tells of it
             return
-        self._vanished = False
-        self._alarm({"folder": f"{self._out} has vanished and was made anew; what it held before is gone"})
+        if not held:
+            raise UserError(
+                f"--out {self._out}: was removed, and another process is training there by now; end one of both"
+            )
+        if self._vanished:
+            self._vanished = False
+            self._alarm({"folder": f"{self._out} has vanished and was made anew; what it held before is gone"})
 
     def _alarm_once(self, name: str, text: str, raised: bool) -> None:
         """Raise an alarm, or write a line where it has been raised before."""
@@ -174,6 +189,18 @@ class Keeper:
         except OSError as error:
             self._alarm({"tidying": f"older networks could not be deleted: {error}"})
 
-    def _write_config(self) -> None:
+    def write_config(self) -> None:
+        """Write the settings, as config.yaml."""
+        if self._log is None:
+            return
         with atomic_path(self._out / CONFIG_FILE) as path:
             path.write_text(yaml.safe_dump(config_mapping(self._config), sort_keys=False))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another of its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

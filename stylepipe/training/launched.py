@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,9 +18,20 @@ from stylepipe.errors import UserError
 # Set by launchers for each of their processes: how many there are. (SLURM_NTASKS would not do: it is also set for a
 # batch script, which runs once.)
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_PARENT = os.getppid()  # noted at import: by the time training starts, the launcher may have died
 _PYTHON_LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.")
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_MIXED_PRECISION"  # set by every launcher of `accelerate launch`
+
+
+def _parent() -> tuple[int, list[str]]:
+    """Return process id and command of what started this process; no words where that is not to be known."""
+    parent = os.getppid()
+    try:
+        return parent, psutil.Process(parent).cmdline()
+    except psutil.Error:  # it has died, or belongs to somebody else
+        return parent, []
+
+
+_PARENT, _PARENT_WORDS = _parent()  # noted at import: later the launcher may have died
 
 
 def check_launch(num_processes: int) -> None:
@@ -82,20 +93,20 @@ def right_command(processes: int, machines: int = 1) -> str:
 def command_again(out: Path) -> str:
     """Write the command that goes on with the run in `out`: that which started this process, or its launcher."""
     words = [sys.executable, *sys.argv]
-    if launcher_process() is not None:
-        with contextlib.suppress(psutil.Error):  # it has died
-            launcher = psutil.Process(_PARENT).cmdline()
-            # Others, such as srun's, are of a batch system: what they were told is not for people.
-            if any(word.rpartition("/")[2].startswith(_PYTHON_LAUNCHERS) for word in launcher[:3]):
-                words = launcher
+    # Others, such as srun's, are of a batch system: what they were told is not for people.
+    if launcher_process() is not None and any(
+        word.rpartition("/")[2].startswith(_PYTHON_LAUNCHERS) for word in _PARENT_WORDS[:3]
+    ):
+        words = [*_PARENT_WORDS]
     if Path(words[0]).name.startswith("python"):
         script = Path(words[1])
+        python = "python" if _is_found("python", Path(words[0])) else words[0]
         if script.name == "__main__.py":
-            words[:2] = ["python", "-m", script.parent.name]
-        elif script.parent.name in ("bin", "Scripts"):  # installed, and found by its name
-            words[:2] = [script.name]
+            words[:2] = [python, "-m", script.parent.name]
+        elif script.parent.name in ("bin", "Scripts"):  # installed
+            words[:2] = [script.name if _is_found(script.name, script) else str(script)]
         else:
-            words[0] = "python"
+            words[0] = python
     kept = [word for before, word in pairwise(["", *words]) if "--resume" not in (before, word.partition("=")[0])]
     if not any(word.partition("=")[0] == "--out" for word in kept):
         kept += ["--out", str(out)]
@@ -103,13 +114,15 @@ def command_again(out: Path) -> str:
     return on_cpu + shlex.join(kept)
 
 
+def _is_found(name: str, path: Path) -> bool:
+    """Tell whether a shell finds this program by its name."""
+    found = shutil.which(name)
+    return found is not None and os.path.realpath(found) == os.path.realpath(path)
+
+
 def _asked_of_accelerate() -> tuple[int, int]:
     """Return the processes and machines that the launcher of this process was asked for, 1 where unknown."""
-    try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):  # the launcher has died, or belongs to somebody else
-        return 1, 1
-    arguments = launch_arguments(words)
+    arguments = launch_arguments(_PARENT_WORDS)
     return (1, 1) if arguments is None else asked_for(arguments)
 
 

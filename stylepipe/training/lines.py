@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -13,21 +14,28 @@ from stylepipe.training.phase import Recipe
 
 
 def opening_line(
-    config: Config, recipe: Recipe, dataset: TrainingData, accelerator: Accelerator, first_image: int, total_images: int
+    config: Config,
+    recipe: Recipe,
+    dataset: TrainingData,
+    accelerator: Accelerator,
+    out: Path,
+    first_image: int,
+    total_images: int,
 ) -> str:
-    """Say what is trained, on what, and from where to where."""
+    """Say what is trained, on what, from where to where, and into which folder."""
     count, stage = accelerator.num_processes, recipe.schedule.at(first_image)
     processes = "1 process" if count == 1 else f"{count} processes"
     sizes = [
         f"{name} {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
         for name, network in recipe.networks.items()
     ]
+    begins = "from" if first_image == 0 else "going on from"
     return (
         f"{config.preset} at {config.res} px on {dataset.name} ({dataset.summary}), "
         f"{processes} on {accelerator.device.type}, "
         f"batch {_batch(stage)}, {config.precision}; {', '.join(sizes)}; "
         f"{_plan(recipe.schedule, config.res, first_image, total_images)}"
-        f"{'from' if first_image == 0 else 'going on from'} {first_image / 1000:g} to {total_images / 1000:g} kimg"
+        f"{begins} {first_image / 1000:g} to {total_images / 1000:g} kimg, in {out}"
     )
 
 

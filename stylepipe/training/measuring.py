@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stylepipe.config import Config
-from stylepipe.datasets.cache import cache_folder
 from stylepipe.datasets.streaming import StreamedDataset
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
-from stylepipe.files import atomic_path
+from stylepipe.files import atomic_path, cache_folder
 from stylepipe.metrics.registry import WITHOUT_BEST, metrics_named, parse_names
 from stylepipe.parsing import parse_json
 from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, images_seen_of, network_file, network_files
@@ -132,8 +131,11 @@ class RunMetrics:
         names = {metric.name for metric in self._evaluation.metrics_at(stage.resolution)}
         return on_main_process(self._accelerator, self._misses, network_file(images_seen), names)
 
-    def measure(self, stage: Stage, images_seen: int, stopping: Callable[[], bool]) -> None:
+    def measure(self, stage: Stage, images_seen: int, stopping: Callable[[], bool]) -> bool:
         """Measure the network of now, whose file has been saved; every process takes part.
+
+        Returns:
+            whether it was; not where that was broken off to stop.
 
         Args:
             stage: of its last step.
@@ -147,7 +149,7 @@ class RunMetrics:
             with together("measuring", "unlimited"):
                 found = self._evaluation.measure(self._recipe.generated(stage), stopping)
         except MeasuringStoppedError:
-            return
+            return False
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -156,6 +158,7 @@ class RunMetrics:
                 f"same command with --out {self._out} and fewer --metrics-images, or a lower --batch-gpu"
             ) from error
         on_main_process(self._accelerator, self._note, found, images_seen)
+        return True
 
     def follow_best(self) -> None:
         """Have network-best.safetensors be the best network of those that are there, or nothing."""

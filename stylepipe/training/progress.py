@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,8 @@ BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n:.3f}/{total:g} kimg, {rate_inv_fmt},
 
 class Progress:
     """Shows how far the training is: a live bar in a terminal, one plain line per tick elsewhere.
+
+    Where nobody can read it any more, as behind a `tee` that has ended or on a full disk, it falls silent.
 
         with Progress(total_kimg, images_seen) as progress:
             progress.update(images_seen)                      # after each step
@@ -38,7 +41,7 @@ class Progress:
     ) -> None:
         self._shown = shown
         self._lines = stream or sys.stdout
-        screen = stream or sys.stderr
+        self._screen = screen = stream or sys.stderr
         self._bar: tqdm[None] | None = None
         if shown and screen.isatty():
             self._bar = tqdm(
@@ -61,27 +64,41 @@ class Progress:
     def update(self, images_seen: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(images_seen / 1000 - self._bar.n)
+            with self._unless_nobody_reads():
+                self._bar.update(images_seen / 1000 - self._bar.n)
 
     def tick(self, line: str, losses: Mapping[str, float]) -> None:
         """Show the newest losses beside the bar; without a bar, print the line."""
-        if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-        elif self._shown:
-            print(line, file=self._lines, flush=True)
+        with self._unless_nobody_reads():
+            if self._bar is not None:
+                self._bar.set_postfix_str("  ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+            elif self._shown:
+                print(line, file=self._lines, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._bar.fp)
-        elif self._shown:
-            print(text, file=self._lines, flush=True)
+        with self._unless_nobody_reads():
+            if self._bar is not None:
+                self._bar.write(text, file=self._bar.fp)
+            elif self._shown:
+                print(text, file=self._lines, flush=True)
 
     def close(self) -> None:
         """Wipe the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with self._unless_nobody_reads():
+                self._bar.close()
             self._bar = None
+
+    @contextmanager
+    def _unless_nobody_reads(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):
+            self._shown, self._bar = False, None
+            for stream in {self._lines, self._screen}:
+                with suppress(OSError, ValueError):  # what is left in its buffer is not to fail once more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Lines:

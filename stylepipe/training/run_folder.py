@@ -12,8 +12,15 @@ from typing import Any
 from stylepipe.config import Config
 from stylepipe.errors import UserError
 from stylepipe.files import locked
-from stylepipe.run_files import network_files
-from stylepipe.training.checkpoint import DAMAGED, State, load_state, newest_state, newest_whole_state
+from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, network_files
+from stylepipe.training.checkpoint import (
+    DAMAGED,
+    DamagedStateError,
+    State,
+    load_state,
+    newest_state,
+    newest_whole_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +38,10 @@ def find_state(config: Config) -> State | None:
     if config.resume == "none":
         return None
     if config.resume != "auto":
-        return load_state(Path(config.resume))
+        try:
+            return load_state(Path(config.resume))
+        except DamagedStateError as damage:
+            raise UserError(f"--resume {config.resume}: {damage}; give an older one") from damage
     if config.out is None:
         return None
     state, wrong = newest_whole_state(Path(config.out))
@@ -47,6 +57,12 @@ def check_goes_on(config: Config, state: State) -> None:
         UserError: names the first option that differs, with both values.
     """
     saved = state.info.get("config", {})
+    if config.init is not None and saved.get("init") != config.init:
+        began = "from new networks" if saved.get("init") is None else f"with --init {saved['init']}"
+        raise UserError(
+            f"--init {config.init}: {state.path} is of a run that began {began}; leave --init as it was to go on, or "
+            f"give another --out"
+        )
     now: dict[str, Any] = {"res": config.res, "cond": config.cond}
     now |= {f"network.{name}": getattr(config.network, name) for name in _OF_WEIGHTS}
     before = {name: saved[name] for name in ("res", "cond") if name in saved}
@@ -70,6 +86,10 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
     """
     if config.out is not None and Path(config.out).is_file():
         raise UserError(f"--out {config.out}: is a file; expected a folder")
+    if config.out is not None and (Path(config.out) / "state.json").exists():
+        raise UserError(
+            f"--out {config.out}: is a state; expected the folder of a run, such as {Path(config.out).parent}"
+        )
     try:
         out = Path(config.out) if config.out is not None else _next_run(f"{config.preset}-{data_name}-{config.res}")
         out.mkdir(parents=True, exist_ok=True)
@@ -77,12 +97,12 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
             pass
     except OSError as error:
         raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
-    if state is None and newest_state(out) is None and (networks := network_files(out)):
-        raise UserError(
-            f"--out {out}: holds the networks of a run whose states are gone, up to {networks[-1].name}, which "
-            f"a new run would overwrite; give another folder"
-        )
     newest = newest_state(out)
+    if newest is None and (results := _results(out)):
+        raise UserError(
+            f"--out {out}: holds results of a run whose states are gone, such as {results[-1].name}, which "
+            f"this one would overwrite; give another folder"
+        )
     # With auto it is of this folder, and what is newer is damaged.
     if newest is not None and (state is None or (config.resume != "auto" and newest.resolve() != state.path.resolve())):
         raise UserError(
@@ -90,6 +110,12 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
             f"overwrite; give another --out, or leave --resume out to go on from its end"
         )
     return out
+
+
+def _results(out: Path) -> list[Path]:
+    """Return files of a run that are written only once there is a state."""
+    others = [out / BEST_NETWORK, out / METRICS_FILE]
+    return [path for path in others if path.exists() and path.stat().st_size] + network_files(out)
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class Trainer:
         self._interrupt = Interrupt(launcher_process(), config.max_hours)
         self._feed = Feed(config, dataset, accelerator, self.engine.record, self.say, lambda: self._interrupt.asked)
         self._asked_to_stop = False
+        self._measured = True  # what is due
         self._lacks_network = False
         self._changes = [] if state is None else changes_since(state, config, dataset)
         if self.is_main:
@@ -159,11 +160,8 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, or until asked to stop; the last state and network are always written."""
-        self.say(
-            opening_line(
-                self.config, self.recipe, self.dataset, self.accelerator, self.engine.images_seen, self.total_images
-            )
-        )
+        parts = (self.config, self.recipe, self.dataset, self.accelerator, self.out)
+        self.say(opening_line(*parts, self.first_image, self.total_images))
         for line in self._changes:
             self.say(line)
         if self._rollbacks.count:
@@ -175,6 +173,8 @@ class Trainer:
             if self.config.on_divergence == "rollback":
                 self._on_main(self._see_to_a_healthy_state)
             self.keeper.averages(self._last)  # a full disk, or another folder, may lack them
+            if not self.finished:
+                self._on_main(self.keeper.write_config)
             if self._lacks_network:
                 self.keeper.begin(self._last, interim=False)
             self._make_up_for_measuring()
@@ -194,7 +194,7 @@ class Trainer:
             self._save_the_end()
             self._asked_to_stop = interrupt.asked
             on_every_process(self.accelerator, _stop_for, failure)
-        self.say(self._closing(interrupt))
+        self.say(self._closing(interrupt.cause))
 
     @property
     def stage(self) -> Stage:
@@ -271,7 +271,7 @@ class Trainer:
         clip = not stopping and (self.finished or self._due(self.config.clip_kimg))
         diversity = not stopping and self._due(self.config.diversity_kimg)
         if state or grid or clip or diversity or self._due(self.config.tick_kimg):
-            self.keeper.see_to_folder()
+            self._on_main(self.keeper.see_to_folder)
             if self.engine.images_seen > self._tick_images:
                 self._stats = self._tick(diversity)
             divergence = divergence_in(self._stats, self.config.divergence_updates)
@@ -287,7 +287,9 @@ class Trainer:
                 self.keeper.try_again(self._last)
             if measure and not divergence:
                 self.keeper.settle(wait=True)  # what took so long to learn is safe before
-                self.metrics.measure(self._last, self.engine.images_seen, lambda: self._interrupt.asked)
+                self._measured = self.metrics.measure(
+                    self._last, self.engine.images_seen, lambda: self._interrupt.asked
+                )
             self._tick_start, self._tick_images = time.perf_counter(), self.engine.images_seen
         if self._due(filled(self.config.ema.posthoc_kimg)):
             self.keeper.averages(self._last)
@@ -321,7 +323,7 @@ class Trainer:
         """Measure where the run goes on, if it was stopped between saving that and measuring it."""
         seen = self.engine.images_seen
         if seen > 0 and self._measures_now() and self.metrics.misses(self._last, seen):
-            self.metrics.measure(self._last, seen, lambda: self._interrupt.asked)
+            self._measured = self.metrics.measure(self._last, seen, lambda: self._interrupt.asked)
 
     def _recover(self, divergence: str) -> None:
         """Roll back to the last healthy state, or stop; either way a state is kept of what happened.
@@ -438,14 +440,15 @@ class Trainer:
             return {}
         return {"Progress/resolution": self._last.resolution, "Progress/alpha": self._last.alpha}
 
-    def _closing(self, interrupt: Interrupt) -> str:
+    def _closing(self, cause: str | None) -> str:
         seen = self.engine.images_seen
-        if interrupt.cause is not None and seen < self.total_images:
-            return (
-                f"stopped at {seen / 1000:g} kimg ({interrupt.cause}), and saved; to go on from there: "
-                f"{command_again(self.out)}"
-            )
-        return f"done: {seen / 1000:g} kimg in {self.out}"
+        if cause is None or (seen >= self.total_images and self._measured):
+            return f"done: {seen / 1000:g} kimg in {self.out}"
+        again = command_again(self.out)
+        if seen == 0:
+            return f"stopped at 0 kimg ({cause}), before the first step; to begin: {again}"
+        left = "" if self._measured else ", but not measured"
+        return f"stopped at {seen / 1000:g} kimg ({cause}), and saved{left}; to go on from there: {again}"
 
     def say(self, line: str, images_seen: int | None = None) -> None:
         """Write a line to log.txt and the terminal, on the main process; by default it is of the last tick."""

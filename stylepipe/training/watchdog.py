@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from stylepipe.errors import ProcessLostError
 from stylepipe.training import activity
 from stylepipe.training.activity import Activity
 from stylepipe.training.distributed import together, wait_without_limit
@@ -56,11 +57,15 @@ class Watchdog:
     Args:
         limit_s: how long a process may be at one thing; 0 for no limit. What is of unlimited length, such as preparing
             data, only has to be alive.
-        remedy: what the user is to do then.
+        about: what to say of the limit, where it was reached.
+
+    Attributes:
+        remedy: what the user is to do where others have stalled or are lost.
     """
 
-    def __init__(self, limit_s: float, remedy: str) -> None:
-        self._limit_s, self._remedy = limit_s, remedy
+    def __init__(self, limit_s: float, about: str = "") -> None:
+        self._limit_s, self._about = limit_s, about
+        self.remedy = "start the same command again"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -81,6 +86,8 @@ class Watchdog:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(MAX_PERIOD_S)  # it may be asking a machine that answers nothing
+        if isinstance(error, ProcessLostError):
+            raise ProcessLostError(f"{error}; {self.remedy}") from error
 
     def _watch(self, board: _Board, period: float) -> None:
         woken = began = time.monotonic()  # what was before, while all processes were started, is not looked at
@@ -101,7 +108,7 @@ class Watchdog:
                 beats = None if now - heard.answered >= self._limit_s / 4 else heard.beats
                 told = verdict(mine, age, dist.get_rank(), beats, silent, self._limit_s)
                 if told is not None:
-                    sys.stderr.write(f"error (process {dist.get_rank()}): {told}; {self._remedy}\n")
+                    sys.stderr.write(f"error (process {dist.get_rank()}): {told}{self._about}; {self.remedy}\n")
                     os._exit(EXIT_STALLED)
             woken = time.monotonic()
 

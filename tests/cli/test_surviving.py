@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import ROOT, largest_difference, options, start, state_tensors, wait_for
+from tiny_runs import ROOT, at_image, largest_difference, options, start, state_tensors, wait_for
 
 import stylepipe
 from stylepipe.cli.main import main
@@ -70,7 +69,9 @@ def test_a_signal_saves_and_tells_the_command_that_goes_on(shards, tmp_path, num
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Traceback" not in output
-    assert f"({cause}), and saved; to go on from there: python " in output
+    found = shutil.which("python")
+    command = "python" if found and os.path.samefile(found, sys.executable) else sys.executable
+    assert f"({cause}), and saved; to go on from there: {command} " in output
     assert f"--out {out}" in output.splitlines()[-1]
     (state,) = out.glob("state-*")
     assert (out / state.name.replace("state", "network")).with_suffix(state.suffix + ".safetensors").exists()
@@ -100,18 +101,6 @@ def test_a_run_whose_launcher_is_killed_saves_and_ends(shards, tmp_path):
         output = launcher.stdout.read()  # ends when the orphan does
     assert "the launcher has died" in output
     assert len(list(out.glob("state-*"))) == len(list(out.glob("network-*"))) == 1
-
-
-def at_image(monkeypatch: pytest.MonkeyPatch, images_seen: int, happen: Callable[[], object]) -> None:
-    """Have something happen within the step that begins after so many images."""
-    whole = GANRecipe.g_main
-
-    def g_main(self, batch, record):
-        if batch.stage.images_seen == images_seen:
-            happen()
-        return whole(self, batch, record)
-
-    monkeypatch.setattr(GANRecipe, "g_main", g_main)
 
 
 class Disk:
@@ -254,7 +243,7 @@ def test_what_killed_processes_leave_half_written_is_removed(finished, shards, t
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = {str(path.relative_to(out)) for path in out.rglob("*")}
-    for name in ("..state-000000.192.whole.tmp.77.tmp", ".state-000000.192.whole.tmp", ".state-000000.064.deleted.tmp"):
+    for name in ("..state-000000.192.whole.tmp.77.tmp", ".state-000000.064.whole.tmp", ".state-000000.064.deleted.tmp"):
         (out / name).mkdir()
         (out / name / "state.safetensors").touch()
     for name in (
@@ -269,6 +258,14 @@ def test_what_killed_processes_leave_half_written_is_removed(finished, shards, t
     foreign.touch()
     assert main(options(shards, out, 0.128)) == 0
     assert {str(path.relative_to(out)) for path in out.rglob("*")} == before | {foreign.name}
+
+
+def test_a_state_whose_last_rename_did_not_come_is_there_the_next_time(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "state-000000.128").rename(out / ".state-000000.128.whole.tmp")
+    checkpoint.clear_remains(out)
+    assert load_state(out / "state-000000.128").images_seen == 128
 
 
 def damage(state: Path) -> None:
@@ -295,9 +292,7 @@ def test_where_every_state_is_damaged_nothing_begins_anew(finished, shards, tmp_
         damage(state)
     before = sorted(path.name for path in out.iterdir())
     assert main(options(shards, out, 0.256)) == 2
-    assert f"{out}: none of its states is whole, start anew in another --out; {out}/state-000000.128" in (
-        capsys.readouterr().err
-    )
+    assert f"{out}: none of its states is whole ({out}/state-000000.128" in (capsys.readouterr().err)
     assert sorted(path.name for path in out.iterdir()) == before
 
 

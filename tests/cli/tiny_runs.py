@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from stylepipe.recipes.gan import GANRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -29,7 +33,7 @@ def start(arguments: list[str], **keywords) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **keywords)
+    return subprocess.Popen(command, env=environment, **(pipes | keywords))
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -51,3 +55,15 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     different = [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()]
     differences = [float((a[name].double() - b[name].double()).abs().max()) for name in different]
     return sum(differences) / len(differences) if any(map(math.isnan, differences)) else max(differences, default=0.0)
+
+
+def at_image(monkeypatch: pytest.MonkeyPatch, images_seen: int, happen: Callable[[], object]) -> None:
+    """Have something happen within the step that begins after so many images."""
+    whole = GANRecipe.g_main
+
+    def g_main(self, batch, record):
+        if batch.stage.images_seen == images_seen:
+            happen()
+        return whole(self, batch, record)
+
+    monkeypatch.setattr(GANRecipe, "g_main", g_main)

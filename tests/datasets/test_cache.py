@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from stylepipe.datasets import cache
-from stylepipe.datasets.cache import DRAWN_COUNTS, cache_folder, dataset_for_training
+from stylepipe.datasets.cache import DRAWN_COUNTS, dataset_for_training
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.shards import open_dataset
 from stylepipe.datasets.verifying import find_faults
 from stylepipe.errors import UserError
+from stylepipe.files import cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ from stylepipe.networks import dcgan, progan, stylegan2
 from stylepipe.presets import resolve
 from stylepipe.report.page import make_report, render
 from stylepipe.run_files import EMA_FOLDER, GRIDS_FOLDER, kimg_name
-from stylepipe.training.checkpoint import check_fits, load_state, newest_healthy_state, save_state
+from stylepipe.training.checkpoint import check_fits, digest_of, load_state, newest_healthy_state, save_state
 from stylepipe.training.measuring import best_line, measured_lines
 from stylepipe.training.power_ema import averages_file
 from stylepipe.training.progress import RunLog
@@ -117,6 +117,10 @@ def damaged_state(files: Files, random: np.random.Generator) -> Files:
         tensors, description = "state-000001.000/state.safetensors", "state-000001.000/state.json"
         changed = {**files, tensors: damaged_tensors(files[tensors], random)}
         values = {**json.loads(files[description]), "sha256": hashlib.sha256(changed[tensors]).hexdigest()}
+        if random.integers(2):
+            values = damaged_value(values, random)
+        if isinstance(values, dict):
+            values["digest"] = digest_of(values)
         changed[description] = json_bytes(values)
     return changed
 

@@ -19,7 +19,7 @@ LIMIT_S = 4.0
 
 def main(fault: str) -> None:
     rank = make_accelerator().process_index
-    with Watchdog(LIMIT_S, "start the same command to go on"):
+    with Watchdog(LIMIT_S):
         any_process(False)
         if rank == 1:
             activity.note("G/main after 0.5 kimg")

@@ -11,7 +11,9 @@ import torch
 from stylepipe.errors import UserError
 from stylepipe.run_files import kimg_name
 from stylepipe.training.checkpoint import (
+    DamagedStateError,
     check_fits,
+    digest_of,
     load_state,
     newest_state,
     newest_whole_state,
@@ -23,10 +25,11 @@ from stylepipe.training.host_copies import HostCopies
 
 TENSORS = {"G.params": torch.arange(1000.0), "step": torch.tensor(3)}
 LAYOUT = {"G": {"conv.weight": [10, 10], "conv.bias": [10]}}
+INFO = {"tracker_run_id": "abc"}
 
 
 def save(out, images_seen=40_000):
-    return save_state(out, images_seen, TENSORS, LAYOUT, {"tracker_run_id": "abc"})
+    return save_state(out, images_seen, TENSORS, LAYOUT, INFO)
 
 
 def test_names_sort_by_the_image_counter():
@@ -38,7 +41,7 @@ def test_names_sort_by_the_image_counter():
 def test_what_is_saved_is_loaded(tmp_path):
     state = load_state(save(tmp_path))
     assert state.images_seen == 40_000
-    assert state.info == {"tracker_run_id": "abc"}
+    assert state.info == INFO
     assert state.layout == LAYOUT
     for name, tensor in TENSORS.items():
         assert torch.equal(state.tensors[name], tensor)
@@ -69,7 +72,7 @@ def test_a_truncated_state_is_refused(tmp_path, keep_bytes):
     path = save(tmp_path)
     content = (path / "state.safetensors").read_bytes()
     (path / "state.safetensors").write_bytes(content[:keep_bytes])
-    with pytest.raises(UserError, match=r"truncated or damaged.*go on from an older one"):
+    with pytest.raises(UserError, match=r"truncated or damaged"):
         load_state(path)
 
 
@@ -94,9 +97,58 @@ def test_other_damage_is_answered_in_a_sentence(tmp_path):
     (tmp_path / "b" / "state.json").write_text("{")
     with pytest.raises(UserError, match="not a readable state"):
         load_state(tmp_path / "b")
-    description = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(description | {"format_version": 99}))
+    describe(path, format_version=99)
     with pytest.raises(UserError, match="format 99"):
+        load_state(path)
+
+
+def describe(path, **values):
+    """Have a state say something else, as whoever writes one would."""
+    description = json.loads((path / "state.json").read_text()) | values
+    (path / "state.json").write_text(json.dumps(description | {"digest": digest_of(description)}))
+
+
+def test_no_flipped_bit_of_what_a_state_says_goes_unnoticed(tmp_path):
+    path = save(tmp_path)
+    content, missed = (path / "state.json").read_bytes(), []
+    for position in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            (path / "state.json").write_bytes(flipped)
+            try:
+                state = load_state(path)
+            except DamagedStateError:
+                continue
+            if state.info != INFO or state.layout != LAYOUT:
+                missed.append((position, bit))
+    assert missed == []
+
+
+def test_a_state_that_was_renamed_is_no_state_of_its_new_name(tmp_path):
+    path = save(tmp_path, 10_000)
+    path.rename(tmp_path / "state-000999.000")
+    with pytest.raises(DamagedStateError, match=r"is the state of 000010\.000 kimg, and has been renamed"):
+        load_state(tmp_path / "state-000999.000")
+    (tmp_path / "state-000999.000").rename(tmp_path / "copy")
+    assert load_state(tmp_path / "copy").images_seen == 10_000
+
+
+def test_a_state_of_the_first_format_is_read(tmp_path):
+    path = save(tmp_path)
+    description = json.loads((path / "state.json").read_text()) | {"format_version": 1}
+    del description["digest"]
+    (path / "state.json").write_text(json.dumps(description))
+    assert load_state(path).layout == LAYOUT
+
+
+@pytest.mark.parametrize(
+    "info", [{"config": None}, {"config": {"network": 3}}, {"rollbacks": "x"}, {"data": 7}, {"alarms": []}]
+)
+def test_what_a_state_says_is_of_the_right_kinds(tmp_path, info):
+    path = save(tmp_path)
+    describe(path, info=info)
+    with pytest.raises(DamagedStateError, match=f"its (settings have )?{next(iter(info))}|its settings have network"):
         load_state(path)
 
 
@@ -165,11 +217,10 @@ def test_damaged_states_are_passed_over_and_set_aside(tmp_path):
 def test_a_state_of_a_newer_format_is_not_passed_over(tmp_path):
     save(tmp_path, 10_000)
     path = save(tmp_path, 20_000)
-    description = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(description | {"format_version": 99}))
-    with pytest.raises(UserError, match="state of format 99, but this stylepipe reads up to 1; upgrade it"):
+    describe(path, format_version=99)
+    with pytest.raises(UserError, match="state of format 99, but this stylepipe reads up to 2; upgrade it"):
         newest_whole_state(tmp_path)
-    (path / "state.json").write_text(json.dumps(description | {"format_version": 0}))
+    describe(path, format_version=0)
     with pytest.raises(UserError, match="format 0"):
         newest_whole_state(tmp_path)
 

@@ -182,10 +182,21 @@ def test_the_command_that_goes_on_is_that_which_was_given(
     own: str, launcher: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", own.split())
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: f"/venv/bin/{name}")
     if launcher is not None:
         monkeypatch.setenv("WORLD_SIZE", "2")
-        monkeypatch.setattr("psutil.Process.cmdline", lambda self: launcher.split())
+        monkeypatch.setattr(launched, "_PARENT_WORDS", launcher.split())
     assert command_again(Path("runs/a")) == expected
+
+
+def test_what_a_shell_would_not_find_is_given_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "stylepipe" else f"/usr/bin/{name}")
+    monkeypatch.setattr(sys, "argv", ["/venv/bin/stylepipe", "train", "--out", "b"])
+    assert command_again(Path("b")) == "/venv/bin/stylepipe train --out b"
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--out", "b"])
+    assert command_again(Path("b")) == "/venv/bin/python launch/train.py --out b"
 
 
 def test_the_command_given_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_a_stalled_process_is_named_by_the_other_and_by_itself():
     (first, said), (second, own) = run("stalled")
     assert (first, second) == (1, 1)
     assert f"error (process 0): process 1 ({socket.gethostname()}) has been at G/main after 0.5 kimg for" in said
-    assert "start the same command to go on" in said
+    assert "; start the same command again\n" in said
     assert "error (process 1): this process has been at G/main after 0.5 kimg for" in own
 
 
@@ -125,7 +125,7 @@ def test_a_halted_process_is_missed():
 def test_a_killed_process_is_noticed_at_once():
     (first, said), (second, _) = run("killed")
     assert (first, second) == (1, -signal.SIGKILL)
-    assert "lost: lost another process of this training, while waiting for the beginning of the next step" in said
+    assert "lost: lost another process, while waiting for the beginning of the next step" in said
 
 
 @pytest.mark.slow
