@@ -31,6 +31,6 @@ def joined() -> Iterator[Accelerator]:
             use_all_cores()
         yield accelerator
     except BaseException:
-        leave(together=False)
+        leave(with_others=False)
         raise
     leave()

@@ -187,11 +187,11 @@ def _fail_together(accelerator: Accelerator, failure: str | None) -> None:
     sys.exit(2)  # the message is the main process's to print
 
 
-def leave(together: bool = True) -> None:
+def leave(with_others: bool = True) -> None:
     """Leave the process group; without this, processes now and then abort at exit.
 
     Args:
-        together: the others do so as well. Else NCCL, which would wait for them, is left as it is.
+        with_others: they do so as well. Else NCCL, which would wait for them, is left as it is.
     """
-    if dist.is_initialized() and (together or dist.get_backend() == "gloo"):
+    if dist.is_initialized() and (with_others or dist.get_backend() == "gloo"):
         dist.destroy_process_group()

@@ -31,6 +31,7 @@ from stylepipe.training.checkpoint import (
     set_aside_damaged,
 )
 from stylepipe.training.distributed import on_every_process, on_main_process, sum_, together
+from stylepipe.training.diversity_watch import DiversityWatch
 from stylepipe.training.engine import Engine
 from stylepipe.training.evaluation import Evaluation
 from stylepipe.training.feed import Feed
@@ -47,8 +48,8 @@ from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.rollbacks import Rollbacks
 from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
-from stylepipe.training.tracker import FINISH_TIMEOUT_S, STOP_TIMEOUT_S, Tracker
-from stylepipe.training.watch import DiversityWatch
+from stylepipe.training.tracker import STOP_TIMEOUT_S, Tracker
+from stylepipe.training.wandb_run import FINISH_TIMEOUT_S
 from stylepipe.version import code_version
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Trainer:
             world_size=accelerator.num_processes,
             exchange=Exchange(config.reduce_dtype),
         )
-        resumed, run_id = None, None
+        run_id = None
         origin = dict(origin or {})
         if state is not None:
             check_fits(state, self.engine.layout())
@@ -107,7 +108,6 @@ class Trainer:
             if self.is_main:
                 self.engine.load_state(state.tensors, state.images_seen)
             self.engine.share_state()
-            resumed = state.images_seen
             origin = state.info.get("origin", {})
             if state.path.resolve().parent == out.resolve():  # a branch of a run is a run of its own
                 run_id = state.info.get("tracker_run_id")
@@ -133,16 +133,8 @@ class Trainer:
         self._measured = True  # what is due
         self._lacks_network = False
         self._changes = [] if state is None else changes_since(state, config, dataset)
-        if self.is_main:
-            clear_remains(out)
-            clear_half_files(out)
-            own = state is not None and state.path.resolve().parent == out.resolve()
-            if state is not None and own:
-                set_aside_damaged(state.passed_over)
-                network = out / network_file(state.images_seen)
-                self._lacks_network = not (state.info.get("interim", False) or network.exists())
-            remove_later_averages(out, self.engine.images_seen if own else 0)
-        self.log = RunLog(out, resumed) if self.is_main else None
+        self.log: RunLog | None = None
+        self._on_main(partial(self._take_over_folder, state))
         self.tracker = Tracker(
             config.tracker,
             accelerator,
@@ -195,6 +187,18 @@ class Trainer:
             self._asked_to_stop = interrupt.asked
             on_every_process(self.accelerator, _stop_for, failure)
         self.say(self._closing(interrupt.cause))
+
+    def _take_over_folder(self, state: State | None) -> None:
+        """Have the run's folder hold nothing later than the state to go on from, and open its logs."""
+        clear_remains(self.out)
+        clear_half_files(self.out)
+        own = state is not None and state.path.resolve().parent == self.out.resolve()
+        if state is not None and own:
+            set_aside_damaged(state.passed_over)
+            network = self.out / network_file(state.images_seen)
+            self._lacks_network = not (state.info.get("interim", False) or network.exists())
+        remove_later_averages(self.out, self.first_image if own else 0)
+        self.log = RunLog(self.out, None if state is None else state.images_seen)
 
     @property
     def stage(self) -> Stage:

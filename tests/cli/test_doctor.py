@@ -415,7 +415,7 @@ def test_wandb_by_its_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @pytest.mark.slow  # each login starts a process of W&B's
 @pytest.mark.parametrize("key", [None, "short", KEY])
 def test_wandb_is_looked_at_as_training_does(monkeypatch, tmp_path, key) -> None:
-    code = "from stylepipe.training.tracker import _wandb_mode; print(_wandb_mode()[0])"
+    code = "from stylepipe.training.wandb_run import wandb_mode; print(wandb_mode()[0])"
     if key:
         (tmp_path / "home" / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {key}\n")
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

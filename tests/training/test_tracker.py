@@ -16,8 +16,9 @@ from PIL import Image
 
 from stylepipe.config import TrackerKind
 from stylepipe.errors import UserError
-from stylepipe.training import tracker as module
+from stylepipe.training import wandb_run
 from stylepipe.training.tracker import Tracker
+from stylepipe.training.wandb_run import wandb_mode
 
 CONFIG = {"res": 64, "network": {"z_dim": 512}}
 
@@ -62,7 +63,7 @@ def test_wandb_offline_keeps_everything_below_out_and_its_id_when_resumed(
     out = tmp_path / "run"
     first = fill("wandb", accelerator, out)
     assert first.run_id
-    lines = [record.message for record in caplog.records if record.name == module.__name__]
+    lines = [record.message for record in caplog.records if record.name == wandb_run.__name__]
     assert len(lines) == 1
     assert "offline (WANDB_MODE=offline); to upload: wandb sync " in lines[0]
     time.sleep(1.1)  # offline folders are named by the second
@@ -89,19 +90,19 @@ def test_the_mode_follows_the_login_without_asking(monkeypatch: pytest.MonkeyPat
     wandb.teardown()
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a login"))
     monkeypatch.setattr("getpass.getpass", lambda *_: pytest.fail("asked for a login"))
-    assert module._wandb_mode() == ("offline", "not logged in")
+    assert wandb_mode() == ("offline", "not logged in")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    mode, reason = module._wandb_mode()
+    mode, reason = wandb_mode()
     assert mode == "offline"
     assert "the login does not work" in reason
     wandb.teardown()
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    assert module._wandb_mode() == ("online", "logged in")
+    assert wandb_mode() == ("online", "logged in")
     wandb.teardown()
     monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'b' * 40}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert module._wandb_mode()[0] == "online"
+    assert wandb_mode()[0] == "online"
 
 
 def test_disabled_by_the_environment(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from stylepipe.config import TrackerKind
 from stylepipe.training import tracker as module
+from stylepipe.training import wandb_run
 from stylepipe.training.tracker import Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")  # W&B forgets its processes that died
@@ -54,7 +55,8 @@ def everything(tracker: Tracker, folder: Path) -> None:
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == module.__name__ and r.levelno >= logging.WARNING]
+    ours = (record for record in caplog.records if record.name.startswith("stylepipe.training."))
+    return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
 def only_warning(caplog: pytest.LogCaptureFixture) -> str:
@@ -129,8 +131,8 @@ def log_in(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 def test_a_server_that_cannot_be_had_means_offline_after_a_bounded_time_and_one_line(
     fault: str, tmp_path: Path, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, module.__name__)
-    monkeypatch.setattr(module, "INIT_TIMEOUT_S", 2)
+    caplog.set_level(logging.INFO, "stylepipe.training")
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         urls = {
             "refused": "http://127.0.0.1:9",  # nobody listens there
@@ -145,7 +147,7 @@ def test_a_server_that_cannot_be_had_means_offline_after_a_bounded_time_and_one_
         log(tracker, 1, 2)
         tracker.finish()
         assert time.monotonic() - began < BOUND_S
-    (line,) = [record.getMessage() for record in caplog.records if record.name == module.__name__]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == wandb_run.__name__]
     assert warnings_in(caplog) == [line]
     assert "going on offline (" in line
     assert f"wandb sync {tmp_path}/run/wandb/offline-run-*-{tracker.run_id}" in line
@@ -156,7 +158,7 @@ def test_a_server_that_cannot_be_had_means_offline_after_a_bounded_time_and_one_
 def test_a_run_that_fell_offline_goes_on_online_under_the_same_id_and_what_it_lacks_is_uploaded(
     tmp_path: Path, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "INIT_TIMEOUT_S", 2)
+    monkeypatch.setattr(wandb_run, "INIT_TIMEOUT_S", 2)
     out = tmp_path / "a run"
     server.answers.clear()
     first = start(out)
@@ -262,7 +264,7 @@ def test_a_process_of_wandbs_that_no_longer_answers_delays_nothing_and_is_ended(
 def test_a_full_disk_is_told_and_an_offline_run_goes_on_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "STUCK_S", 4)
+    monkeypatch.setattr(wandb_run, "STUCK_S", 4)
     monkeypatch.setattr(module, "MEND_S", 1)
     out = tmp_path / "small"
     with small_disk(out):
