@@ -23,7 +23,7 @@ from stylepipe.cli.bench_data import Data, bench_data
 from stylepipe.cli.bench_ops import Ops, bench_ops
 from stylepipe.cli.bench_saving import Saving, bench_saving
 from stylepipe.cli.bench_scaling import Scaling, bench_scaling
-from stylepipe.cli.train import settle
+from stylepipe.cli.settling import settle
 from stylepipe.config import Config, filled
 from stylepipe.errors import UserError
 from stylepipe.files import atomic_path

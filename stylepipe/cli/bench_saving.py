@@ -17,7 +17,7 @@ import tyro
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from stylepipe.cli.train import settle
+from stylepipe.cli.settling import settle
 from stylepipe.config import Config, filled
 from stylepipe.errors import UserError
 from stylepipe.recipes.gan import GANRecipe

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -13,17 +10,17 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stylepipe.cli.dry_run import dry_run
-from stylepipe.cli.initial import check_settings, origin_of, settings_of, start_from
+from stylepipe.cli.initial import origin_of, start_from
 from stylepipe.cli.joined import joined
-from stylepipe.config import Config, filled, from_mapping
+from stylepipe.cli.options import parse
+from stylepipe.cli.settling import settle
+from stylepipe.config import Config, filled
 from stylepipe.datasets.cache import (
     dataset_for_training,
     label_dimensions,
@@ -35,15 +32,12 @@ from stylepipe.datasets.shards import ShardDataset, file_sha256, is_prepared, op
 from stylepipe.datasets.streaming import StreamedDataset, is_stream
 from stylepipe.datasets.training_data import TrainingData
 from stylepipe.errors import UserError
-from stylepipe.kernels import native
-from stylepipe.parsing import one_line, parse_yaml
-from stylepipe.presets import PRESETS, resolve, with_batch_gpu, with_precision
+from stylepipe.presets import PRESETS, with_batch_gpu
 from stylepipe.recipes.build import schedule_of
 from stylepipe.recipes.conditioning import check_labels
 from stylepipe.recipes.gan import GANRecipe, trial
-from stylepipe.run_files import CONFIG_FILE
 from stylepipe.training import activity
-from stylepipe.training.checkpoint import State, newest_state
+from stylepipe.training.checkpoint import State
 from stylepipe.training.distributed import on_every_process, on_main_process, together
 from stylepipe.training.estimate import estimate, format_duration
 from stylepipe.training.growth import Stage
@@ -56,19 +50,7 @@ from stylepipe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-# Two images at a time at 1024 px: in float32 the presets' four take 16 GB, more than many a machine without a GPU has.
-CPU_BATCH_PIXELS = 2048
-
-DATA_WINDOW = 16  # shards: 4 GB as `prepare` makes them, thousands of images of 1024 px
-
 STREAM_NOTICE = "the data is streamed and drawn at random: a run that goes on shows other images than one in one piece"
-
-DESCRIPTION = """Train a face model, or a model of any other kind of image.
-
-  accelerate launch launch/train.py --res 256 --data PHOTOGRAPHS --mirror
-
-Also takes --config FILE: a YAML file of these options, such as the config.yaml of an earlier run.
-What a flag says wins over the file, the file over the preset, the preset over the default."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,71 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv)
     with joined() as accelerator:
         train(config, accelerator)
-
-
-def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
-    """Read options; `--config FILE` gives the defaults for what no flag says, `--init NETWORK` for what neither says.
-
-    Raises:
-        UserError: the file is no YAML of known options, or the network file can be no beginning of what they ask for.
-    """
-    argv = [re.sub(r"^--loss(?=$|=)", "--loss.kind", argument) for argument in argv]
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--init")
-    known, rest = early.parse_known_args(argv)
-    begun = None if known.config is not None else _config_of_run(argv, known.init)
-    default = read_config(known.config, known.init) if begun is None else begun
-    config = tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
-    if default.preset is not None and config.preset != default.preset:
-        raise UserError(
-            f"--preset {config.preset}: --config {known.config} has the numbers of {default.preset} already; "
-            f"give one of them"
-        )
-    if known.init is not None and config.resume not in ("auto", "none"):
-        raise UserError(
-            f"--init {known.init} and --resume {config.resume}: a state holds networks already; give one of them"
-        )
-    if config.init is not None and begun is None:
-        check_settings(config, config.init)
-    return config
-
-
-def _config_of_run(argv: Sequence[str], init: str | None) -> Config | None:
-    """Return the settings of the run in --out, if it began from the file `init` that is gone: it needs that no more."""
-    if init is None or Path(init).exists():
-        return None
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--out", type=Path)
-    out = early.parse_known_args(argv)[0].out
-    if out is None or newest_state(out) is None or not (out / CONFIG_FILE).is_file():
-        return None
-    values = _read_yaml(out / CONFIG_FILE)
-    return from_mapping(Config, values, str(out / CONFIG_FILE)) if values.get("init") == init else None
-
-
-def read_config(path: Path | None, init: str | None) -> Config:
-    """Return the options of a YAML file, if any, and below them those of the network file to start from, if any."""
-    values = {} if path is None else _read_yaml(path)
-    config = from_mapping(Config, values, f"--config {path}")
-    init = config.init if init is None else init
-    if init is None:
-        return config
-    suggested = settings_of(init)
-    network = suggested["network"] | values.get("network", {})
-    return from_mapping(Config, suggested | values | {"network": network, "init": init}, f"--init {init}")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_yaml(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; expected a YAML file of options") from error
-    except ValueError as error:
-        raise UserError(f"--config {path}: not YAML: {one_line(error)}; expected options by name") from error
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected options by name, found {type(values).__name__}")
-    return values
 
 
 def train(config: Config, accelerator: Accelerator) -> None:
@@ -281,52 +198,6 @@ def tell_full_length(config: Config, trainer: Trainer, c_dim: int) -> None:
         f"at {sec_per_kimg:.3g} s/kimg as here, the full {full_kimg:,.0f} kimg of {config.preset} "
         f"would take {format_duration(sec_per_kimg * full_kimg)}"
     )
-
-
-def settle(config: Config, accelerator: Accelerator) -> Config:
-    """Fill every option that the preset and the device decide.
-
-    Raises:
-        UserError: a precision or kernels that the device has not, an unknown choice of kernels, what `resolve` refuses.
-    """
-    on_cpu = accelerator.device.type == "cpu"
-    if native.mode() == "cuda" and on_cpu:  # before anything is made
-        raise UserError(
-            f"{native.VARIABLE}=cuda: no GPU to train on, expected one; stylepipe doctor tells what is in the way, and "
-            f"{native.VARIABLE}=auto trains on the CPU"
-        )
-    config = resolve(config, accelerator.num_processes, max(1, CPU_BATCH_PIXELS // config.res) if on_cpu else None)
-    config = settle_data(config)
-    if on_cpu:
-        if config.precision == "fp16":
-            raise UserError("--precision fp16: expected fp32, bf16 or auto on a CPU")
-        return with_precision(config, "fp32" if config.precision == "auto" else config.precision)
-    precision: str = config.precision
-    if precision == "auto":
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the one thing that accelerate's setting does
-        precision = asked if asked in ("bf16", "fp16") else best
-    # Float32 means float32: only where half precision is accepted may its matrix products be rounded to TF32.
-    rounding = "ieee" if precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = rounding
-    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = True
-    return with_precision(config, precision)
-
-
-def settle_data(config: Config) -> Config:
-    """Fill how the data is shuffled; raise UserError for an option that nothing would come of."""
-    if config.data is not None and is_stream(config.data):
-        for option, value in (("--cond", config.cond), ("--data-window", config.data_window)):
-            if value:
-                raise UserError(f"{option}: {config.data} has no labels and no order that is known before; prepare it")
-    remote = config.data is not None and is_remote(config.data)
-    if config.data_window is None:
-        config = replace(config, data_window=DATA_WINDOW if remote else 0)
-    if config.data_cache_gb is not None and not (remote and config.data_window):
-        reason = "--data-window 0 copies all of it" if remote else "--data is no location, so nothing is copied"
-        raise UserError(f"--data-cache-gb {config.data_cache_gb:g}: {reason}; leave it out")
-    return config
 
 
 def choose_batch_gpu(config: Config, c_dim: int, accelerator: Accelerator) -> Config:

@@ -42,7 +42,7 @@ def make_accelerator() -> Accelerator:
     Without a GPU, Accelerate must be told so: else processes started by torchrun would train separately.
     """
     global _hosts
-    # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.train.settle`.
+    # Precision is the networks' own; what accelerate is set to only selects it, see `stylepipe.cli.settling.settle`.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     if dist.is_initialized() and dist.get_backend() != "gloo":
         try:

@@ -62,7 +62,8 @@ class Keeper:
         began = time.perf_counter()
         self.settle(wait=True)  # a disk that is slower than the training holds it up here
         self._interim = interim
-        self._snapshots.snapshot(stage, interim=interim)
+        with activity.during("saving"):
+            self._snapshots.snapshot(stage, interim=interim)
         self.held_s += time.perf_counter() - began
 
     def try_again(self, stage: Stage) -> None:
@@ -79,7 +80,8 @@ class Keeper:
         if self._log is None:
             return
         began = time.perf_counter()
-        self._snapshots.averages(stage)
+        with activity.during("saving"):
+            self._snapshots.averages(stage)
         self.held_s += time.perf_counter() - began
 
     def settle(self, *, wait: bool) -> None:

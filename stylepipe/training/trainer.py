@@ -336,7 +336,8 @@ class Trainer:
             UserError: the training stops here.
         """
         self.keeper.settle(wait=True)
-        kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
+        with activity.during("saving"):
+            kept, healthy = on_main_process(self.accelerator, self.snapshots.set_aside)
         self._on_main(self.metrics.follow_best)
         happened = f"training has diverged at {self.engine.images_seen / 1000:g} kimg: {divergence}"
         stops = self.config.on_divergence == "stop"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from stylepipe.cli.initial import origin_of, settings_of, start_from
 from stylepipe.cli.main import main
-from stylepipe.cli.train import parse
+from stylepipe.cli.options import parse
 from stylepipe.config import Config, LossConfig
 from stylepipe.datasets.drawn import draw_face
 from stylepipe.datasets.preparation import Preparation

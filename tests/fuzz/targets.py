@@ -29,7 +29,7 @@ from stylepipe.cli import ema, sample
 from stylepipe.cli.data import described
 from stylepipe.cli.evaluate import EvaluateOptions, look_up
 from stylepipe.cli.initial import settings_of
-from stylepipe.cli.train import read_config
+from stylepipe.cli.options import read_config
 from stylepipe.datasets.align import read_landmarks
 from stylepipe.datasets.decoding import check_header, decode_into
 from stylepipe.datasets.labels import find_labels
