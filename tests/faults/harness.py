@@ -44,7 +44,7 @@ TINY = [
 """Options of networks that take a step in a few hundredths of a second."""
 
 _MARK = "STYLEPIPE_TEST_PROCESSES"
-_OPENING = re.compile(r"\bfrom ([\d.]+) to ([\d.]+) kimg$", re.MULTILINE)
+_OPENING = re.compile(r"\bfrom ([\d.]+) to ([\d.]+) kimg, in ", re.MULTILINE)
 # What a run's own folder and options say of it, in a state.
 _OF_THE_FOLDER = ("out", "resume", "keep_states", "kimg")
 
