@@ -6,21 +6,29 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
-from stylepipe.errors import ProcessLostError
+from stylepipe.errors import ProcessLostError, UserError
 from stylepipe.training import activity
-from stylepipe.training.distributed import any_process, leave, make_accelerator, together
+from stylepipe.training.distributed import any_process, leave, make_accelerator, on_main_process, together
 from stylepipe.training.watchdog import Watchdog
 
 LIMIT_S = 4.0
 
 
 def main(fault: str) -> None:
-    rank = make_accelerator().process_index
+    accelerator = make_accelerator()
+    rank = accelerator.process_index
     with Watchdog(LIMIT_S):
         any_process(False)
+        if fault == "unwritable":
+            try:
+                on_main_process(accelerator, Path("/proc/none").write_text, "")
+            except UserError as error:
+                print(f"told: {error}", flush=True)
+                sys.exit(2)
         if rank == 1:
             activity.note("G/main after 0.5 kimg")
             if fault == "stalled":

@@ -129,6 +129,15 @@ def test_a_killed_process_is_noticed_at_once():
 
 
 @pytest.mark.slow
+def test_what_the_main_process_cannot_write_ends_all_with_one_message():
+    (first, said), (second, other) = run("unwritable")
+    assert (first, second) == (2, 2)
+    assert said.startswith("told: [Errno ")
+    assert "'/proc/none'; see to the path, its permissions and the room on its disk" in said
+    assert other == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["long", "slow"])
 def test_what_takes_long_but_gets_on_is_waited_for(fault):
     for code, said in run(fault):
