@@ -90,6 +90,7 @@ class Watchdog:
             raise ProcessLostError(f"{error}; {self.remedy}") from error
 
     def _watch(self, board: _Board, period: float) -> None:
+        board.put(activity.now(), 0.0)
         woken = began = time.monotonic()  # what was before, while all processes were started, is not looked at
         heard = _Heard(began)
         while not self._stop.wait(period):
@@ -164,7 +165,7 @@ def verdict(
         return f"the machine of process 0 cannot be reached, and {here}"
     told = []
     for other, seconds in sorted(silent.items()):
-        last = f"({beats[other].host}) was at {beats[other].what} and" if other in beats else "has not begun and"
+        last = f"({beats[other].host}) was at {beats[other].what} and" if other in beats else "has not been heard of yet and"
         told.append(f"process {other} {last} has said nothing for {seconds:.0f} s")
     if mine.kind == "unlimited":
         return f"{'; '.join(told)}; {here}" if told else None

@@ -45,7 +45,7 @@ def test_who_waits_names_process_machine_and_phase_of_the_one_at_work():
 def test_who_says_nothing_any_more_is_named_with_what_it_was_at():
     told = judge(WAITING, {3: beat("D/main after 40 kimg", "working", 4.0)}, silent={2: 300.0, 3: 310.0})
     assert told is not None
-    assert "process 2 has not begun and has said nothing for 300 s" in told
+    assert "process 2 has not been heard of yet and has said nothing for 300 s" in told
     assert "process 3 (node7) was at D/main after 40 kimg and has said nothing for 310 s" in told
 
 
