@@ -165,8 +165,8 @@ def verdict(
         return f"the machine of process 0 cannot be reached, and {here}"
     told = []
     for other, seconds in sorted(silent.items()):
-        last = f"({beats[other].host}) was at {beats[other].what} and" if other in beats else "has not been heard of yet and"
-        told.append(f"process {other} {last} has said nothing for {seconds:.0f} s")
+        last = f"({beats[other].host}) was at {beats[other].what}" if other in beats else "has not been heard of yet"
+        told.append(f"process {other} {last} and has said nothing for {seconds:.0f} s")
     if mine.kind == "unlimited":
         return f"{'; '.join(told)}; {here}" if told else None
     loud = {other: beat for other, beat in beats.items() if other not in silent and other != rank}
