@@ -106,8 +106,9 @@ class Keeper:
                 self._alarm_once("averages", told, self._averages_failed)
                 self._averages_failed = True
             else:
-                told = f"cannot save to {self._out}: {reason}; older states are still there"
-                self._alarm_once("saving", f"{told}; make room, it is tried again", self._failed)
+                older = "" if newest_state(self._out) is None else "; older states are still there"
+                told = f"cannot save to {self._out}: {reason}{older}; make room, it is tried again"
+                self._alarm_once("saving", told, self._failed)
                 self._failed = True
         if self._log.failure is not None and not self._log_failed:
             self._alarm(
@@ -136,10 +137,11 @@ class Keeper:
                 f"averages for `stylepipe ema` cannot be saved to {self._out}: {failed[0][1]}; the state is saved: "
                 f"make room, then start the same command with this --out, which saves them"
             )
-        older = "older states are still there; make room, then start the same command with this --out to go on"
-        none = "no state was saved before; make room, then start anew in another --out"
-        way_on = none if newest_state(self._out) is None else older
-        raise UserError(f"cannot save to {self._out}: {failed[0][1]}; nothing half-written is left, and {way_on}")
+        there = "no state was saved before" if newest_state(self._out) is None else "older states are still there"
+        raise UserError(
+            f"cannot save to {self._out}: {failed[0][1]}; nothing half-written is left, and {there}; make room, then "
+            f"start the same command with this --out"
+        )
 
     def show(self, save: Callable[[Stage], None], stage: Stage) -> None:
         """Save pictures; a full disk is no reason to end the training."""

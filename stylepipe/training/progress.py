@@ -44,16 +44,17 @@ class Progress:
         self._screen = screen = stream or sys.stderr
         self._bar: tqdm[None] | None = None
         if shown and screen.isatty():
-            self._bar = tqdm(
-                total=total_kimg,
-                initial=images_seen / 1000,
-                unit="kimg",
-                bar_format=BAR_FORMAT,
-                dynamic_ncols=True,
-                leave=False,
-                file=screen,
-                smoothing=0.05,  # a mean over the last few dozen steps: lazy regularizers make single ones uneven
-            )
+            with self._unless_nobody_reads():
+                self._bar = tqdm(
+                    total=total_kimg,
+                    initial=images_seen / 1000,
+                    unit="kimg",
+                    bar_format=BAR_FORMAT,
+                    dynamic_ncols=True,
+                    leave=False,
+                    file=screen,
+                    smoothing=0.05,  # a mean over the last few dozen steps: lazy regularizers make single ones uneven
+                )
 
     def __enter__(self) -> Progress:
         return self
@@ -115,13 +116,14 @@ class _Lines:
 
     def write(self, line: str) -> None:
         self._left += line.encode() + b"\n"
-        self._write_left()
+        self.flush()
 
     def close(self) -> None:
-        self._write_left()
+        self.flush()
         self._file.close()
 
-    def _write_left(self) -> None:
+    def flush(self) -> None:
+        """Try to write what is kept."""
         self.failure = None
         try:
             while self._left:
@@ -150,8 +152,12 @@ class RunLog:
 
     def rewind(self, images_seen: int) -> None:
         """Drop what was written later than this: the training goes on from there."""
-        self.close()
+        before = (self._log, self._stats)
+        for file in before:
+            file.flush()
         self._open(images_seen)
+        for file in before:
+            file.close()
 
     @property
     def failure(self) -> OSError | None:

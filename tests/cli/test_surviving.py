@@ -174,13 +174,16 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_remedy(shards, tmp_path, m
     assert main(options(shards, out, 0.064)) == 2
     told = capsys.readouterr().err
     assert "No space left on device; nothing half-written is left" in told
-    assert "no state was saved before; make room, then start anew in another --out" in told
+    assert "no state was saved before; make room, then start the same command with this --out" in told
     assert not list(out.glob("state-*"))
-    out, disk.full_for = tmp_path / "other", 0
+    disk.full_for = 0
     assert main(options(shards, out, 0.064)) == 0
     disk.full_for = 1000
     assert main(options(shards, out, 0.096)) == 2
-    assert "make room, then start the same command with this --out to go on" in capsys.readouterr().err
+    assert (
+        "older states are still there; make room, then start the same command with this --out"
+        in capsys.readouterr().err
+    )
     disk.full_for = 0
     assert main(options(shards, out, 0.096)) == 0
 

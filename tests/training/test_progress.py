@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stylepipe.training import progress as progress_module
 from stylepipe.training.progress import Progress, RunLog
 
 
@@ -140,3 +141,33 @@ def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path: Path) 
     expected = [f"     0.000 | {line}" for line in told] + ["     5.000 | the fourth"]
     assert disk.content.decode().splitlines() == expected
     log.close()
+
+
+def test_lines_that_are_kept_survive_a_rewind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path)
+    log.line("the first")
+    write, log._log._file.write = log._log._file.write, FullDisk(0).write  # type: ignore[method-assign, assignment]
+    log.line("the second")
+    log._log._file.write = write  # type: ignore[method-assign]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress_module, "_drop_later_lines", FullDisk(0).write)
+        with pytest.raises((OSError, TypeError)):
+            log.rewind(0)
+    log.line("the third")
+    log.rewind(0)
+    log.close()
+    lines = [line.partition("| ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == ["the first", "the second", "the third"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_where_nobody_reads_any_more_it_falls_silent(terminal: bool) -> None:
+    class Gone(Terminal if terminal else io.StringIO):  # type: ignore[misc]
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Progress(2.0, stream=Gone()) as progress:
+        for images_seen in range(0, 2000, 500):
+            progress.update(images_seen)
+            progress.tick("a line", {"G": 0.7})
+            progress.say("saved")
