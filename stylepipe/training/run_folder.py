@@ -12,7 +12,7 @@ from typing import Any
 from stylepipe.config import Config
 from stylepipe.errors import UserError
 from stylepipe.files import locked
-from stylepipe.run_files import BEST_NETWORK, METRICS_FILE, network_files
+from stylepipe.run_files import BEST_NETWORK, network_files
 from stylepipe.training.checkpoint import (
     DAMAGED,
     DamagedStateError,
@@ -98,9 +98,9 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
     except OSError as error:
         raise UserError(f"--out {config.out or 'runs'}: cannot write there ({error.strerror}); give another") from error
     newest = newest_state(out)
-    if newest is None and (results := _results(out)):
+    if newest is None and (networks := _networks(out)):
         raise UserError(
-            f"--out {out}: holds results of a run whose states are gone, such as {results[-1].name}, which "
+            f"--out {out}: holds networks of a run whose states are gone, such as {networks[-1].name}, which "
             f"this one would overwrite; give another folder"
         )
     # With auto it is of this folder, and what is newer is damaged.
@@ -112,10 +112,10 @@ def make_run_folder(config: Config, data_name: str, state: State | None) -> Path
     return out
 
 
-def _results(out: Path) -> list[Path]:
-    """Return files of a run that are written only once there is a state."""
-    others = [out / BEST_NETWORK, out / METRICS_FILE]
-    return [path for path in others if path.exists() and path.stat().st_size] + network_files(out)
+def _networks(out: Path) -> list[Path]:
+    """Return the networks in a folder; a run has some only once it has a state."""
+    best = out / BEST_NETWORK
+    return ([best] if best.exists() else []) + network_files(out)
 
 
 @contextmanager

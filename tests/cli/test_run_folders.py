@@ -21,16 +21,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.stat().st_size}
 
 
-@pytest.mark.parametrize("left", ["network-best.safetensors", "metrics.jsonl", "network-000000.064.safetensors"])
+@pytest.mark.parametrize("left", ["network-best.safetensors", "network-000000.064.safetensors"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_results_without_states_are_not_overwritten(finished, shards, tmp_path, capsys, left, resume):
+def test_networks_without_states_are_not_overwritten(finished, shards, tmp_path, capsys, left, resume):
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(finished / left, out)
     before = content(out)
     more = ["--resume", str(finished / "state-000000.064")] if resume else []
     assert main(options(shards, out, 0.128, *QUICK, *more)) == 2
-    assert f"--out {out}: holds results of a run whose states are gone, such as {left}" in capsys.readouterr().err
+    assert f"--out {out}: holds networks of a run whose states are gone, such as {left}" in capsys.readouterr().err
     assert content(out) == before
 
 

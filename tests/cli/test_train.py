@@ -205,7 +205,7 @@ def test_the_networks_of_a_run_without_states_are_not_overwritten(finished, shar
     out.mkdir()
     shutil.copy(finished / "network-000000.128.safetensors", out)
     assert main(options(shards, out, 0.128)) == 2
-    assert "holds results of a run whose states are gone" in capsys.readouterr().err
+    assert "holds networks of a run whose states are gone" in capsys.readouterr().err
 
 
 def test_going_on_with_another_batch_size_ends_where_it_says(finished, shards, tmp_path, capsys):
