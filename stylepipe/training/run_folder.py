@@ -28,7 +28,7 @@ LOCK_NAME = ".lock"
 
 # Options of the networks without which a state's weights have no place.
 _OF_WEIGHTS = (
-    *("z_dim", "w_dim", "channel_base", "channel_max", "mapping_layers"),
+    *("kind", "z_dim", "w_dim", "channel_base", "channel_max", "mapping_layers"),
     *("g_architecture", "d_architecture", "mbstd_channels", "d_conditioning", "norm"),
 )
 

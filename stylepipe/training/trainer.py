@@ -103,8 +103,8 @@ class Trainer:
         run_id = None
         origin = dict(origin or {})
         if state is not None:
-            check_fits(state, self.engine.layout())
             check_growth(state, config)
+            check_fits(state, self.engine.layout())
             if self.is_main:
                 self.engine.load_state(state.tensors, state.images_seen)
             self.engine.share_state()

@@ -169,6 +169,7 @@ def test_a_state_of_other_networks_is_refused(finished, shards, tmp_path, capsys
         (["--network.channel-max", "16"], "--network.channel-max 16: {state} is of a run with --network.channel-max 8"),
         (["--res", "32"], "--res 32: {state} is of a run with --res 16"),
         (["--cond"], "--cond: {state} is of a run with --no-cond"),
+        (["--network.kind", "stylegan"], "--network.kind stylegan: {state} is of a run with --network.kind stylegan2"),
     ):
         # Before the data is looked at: preparing it may take long.
         arguments = options(tmp_path / "absent", tmp_path / "out", 0.128, "--resume", state, *more)
