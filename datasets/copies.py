@@ -27,9 +27,9 @@ class Copies:
 
     def __init__(self, path: Path, mark: Mapping[str, Any] | None, stored: Sequence[str]) -> None:
         self._file, self._duplicates = Appended(path, mark), Duplicates()
-        rows = self._file.read()
-        for number, name in enumerate(stored):
-            self._duplicates.find(_from_row(rows[number * ROW :][:ROW]), name)
+        with open(path, "rb") as rows:
+            for name in stored:
+                self._duplicates.find(_from_row(rows.read(ROW)), name)
 
     def copied(self, name: str, fingerprint: Fingerprint) -> Skipped | None:
         """Return of what an image is a copy, or None and remember it."""

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 CACHE_VARIABLE = "STYLEPIPE_CACHE"
 
@@ -82,6 +83,13 @@ def flush_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def silence(stream: TextIO) -> None:
+    """Have all that is written to a stream from now on, and what is left in its buffer, go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _remove(path: Path) -> None:

@@ -9,8 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from stylepipe.errors import ProcessLostError, UserError, of_file
+from stylepipe.files import silence
 
 # Each is a module of stylepipe.cli with a `main(argv)`, imported only when it is asked for.
 COMMANDS = {
@@ -88,23 +90,29 @@ def _run(command: str, argv: Sequence[str]) -> int:
     except UserError as error:
         if os.environ.get("STYLEPIPE_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"error{_process()}: {error}", file=sys.stderr)
+        _tell(f"error{_process()}: {error}")
         return EXIT_MISTAKE
     except ProcessLostError as error:
-        print(f"error{_process()}: {error}", file=sys.stderr)
+        _tell(f"error{_process()}: {error}")
         return EXIT_LOST
     except BrokenPipeError:  # such as `stylepipe train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
+        silence(sys.stdout)  # else the interpreter's last flush complains
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in FILE_ERRORS:
             raise
-        print(f"error{_process()}: {of_file(error)}", file=sys.stderr)
+        _tell(f"error{_process()}: {of_file(error)}")
         return EXIT_MISTAKE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _tell(text: str) -> None:
+    """Say what ends the command, if anybody still reads it; the exit code says it as well."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _in_a_group() -> bool:

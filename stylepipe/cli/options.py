@@ -36,25 +36,28 @@ def parse(argv: Sequence[str], description: str = DESCRIPTION) -> Config:
     early.add_argument("--config", type=Path)
     early.add_argument("--init")
     known, rest = early.parse_known_args(argv)
-    begun = None if known.config is not None else _config_of_run(argv, known.init)
-    default = read_config(known.config, known.init) if begun is None else begun
+    of_run = None if known.config is not None else _config_of_run(argv, known.init)
+    default = read_config(known.config, known.init) if of_run is None else from_mapping(Config, *of_run)
     config = tyro.cli(Config, args=rest, default=default, prog="stylepipe train", description=description)
     if default.preset is not None and config.preset != default.preset:
         raise UserError(
-            f"--preset {config.preset}: --config {known.config} has the numbers of {default.preset} already; "
-            f"give one of them"
+            f"--preset {config.preset}: {f'--config {known.config}' if of_run is None else of_run[1]} has the numbers "
+            f"of {default.preset} already; give one of them"
         )
     if known.init is not None and config.resume not in ("auto", "none"):
         raise UserError(
             f"--init {known.init} and --resume {config.resume}: a state holds networks already; give one of them"
         )
-    if config.init is not None and begun is None:
+    if config.init is not None and of_run is None:
         check_settings(config, config.init)
     return config
 
 
-def _config_of_run(argv: Sequence[str], init: str | None) -> Config | None:
-    """Return the settings of the run in --out, if it began from the file `init` that is gone: it needs that no more."""
+def _config_of_run(argv: Sequence[str], init: str | None) -> tuple[dict[str, Any], str] | None:
+    """Return the settings of the run in --out and their file, if it began from the file `init` that is gone.
+
+    It needs that no more.
+    """
     if init is None or Path(init).exists():
         return None
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -63,7 +66,7 @@ def _config_of_run(argv: Sequence[str], init: str | None) -> Config | None:
     if out is None or newest_state(out) is None or not (out / CONFIG_FILE).is_file():
         return None
     values = _read_yaml(out / CONFIG_FILE)
-    return from_mapping(Config, values, str(out / CONFIG_FILE)) if values.get("init") == init else None
+    return (values, str(out / CONFIG_FILE)) if values.get("init") == init else None
 
 
 def read_config(path: Path | None, init: str | None) -> Config:

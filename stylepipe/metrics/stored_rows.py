@@ -49,23 +49,16 @@ class StoredRows(Mapping[str, Tensor]):
 def store_rows(folder: Path, rows: Rows, about: Mapping[str, Any]) -> None:
     """Write rows to a folder that appears when it is whole, one at a time, with what they depend on beside them.
 
-    What cannot be written is warned of, and not before all rows have been asked for: other processes count on that.
+    What cannot be written is warned of, and all rows are asked for nevertheless: other processes count on that.
     """
-    failure: OSError | None = None
     left = list(rows)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        failure = error
-    try:
         with atomic_path(folder) as new:
+            new.mkdir()
             while left:
                 name = left.pop(0)
-                tensor = rows[name]
-                if failure is None:
-                    failure = _save(new, name, tensor)
-            if failure is not None:
-                raise failure
+                np.save(new / f"{name}.npy", rows[name].cpu().numpy())
             (new / _ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     except OSError as error:
         if not folder.exists():  # another run has not stored the same in this moment
@@ -85,12 +78,3 @@ def _mapped(path: Path) -> NDArray[Any]:
             f"{path}: cannot be read ({one_line(error)}); remove {path.parent}, and it is measured again"
         ) from error
     return rows
-
-
-def _save(folder: Path, name: str, rows: Tensor) -> OSError | None:
-    try:
-        folder.mkdir(exist_ok=True)
-        np.save(folder / f"{name}.npy", rows.cpu().numpy())
-    except OSError as error:
-        return error
-    return None

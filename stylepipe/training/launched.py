@@ -115,9 +115,9 @@ def command_again(out: Path) -> str:
 
 
 def _is_found(name: str, path: Path) -> bool:
-    """Tell whether a shell finds this program by its name."""
+    """Tell whether a shell finds this program by its name, in the same folder: environments share their Python."""
     found = shutil.which(name)
-    return found is not None and os.path.realpath(found) == os.path.realpath(path)
+    return found is not None and os.path.realpath(os.path.dirname(found)) == os.path.realpath(path.parent)
 
 
 def _asked_of_accelerate() -> tuple[int, int]:

@@ -134,13 +134,13 @@ class RunMetrics:
     def measure(self, stage: Stage, images_seen: int, stopping: Callable[[], bool]) -> bool:
         """Measure the network of now, whose file has been saved; every process takes part.
 
-        Returns:
-            whether it was; not where that was broken off to stop.
-
         Args:
             stage: of its last step.
             images_seen: by then.
             stopping: is asked now and then whether to leave it for when the run goes on.
+
+        Returns:
+            whether it was measured; not where that was broken off to stop.
         """
         assert self._evaluation is not None
         if self._accelerator.device.type == "cuda":

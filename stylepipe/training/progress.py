@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from stylepipe.files import atomic_path, locked
+from stylepipe.files import atomic_path, locked, silence
 from stylepipe.parsing import parse_json
 from stylepipe.run_files import LOG_FILE, METRICS_FILE, STATS_FILE
 
@@ -96,10 +96,10 @@ class Progress:
         try:
             yield
         except (OSError, ValueError):
+            stream = self._lines if self._bar is None else self._screen
             self._shown, self._bar = False, None
-            for stream in {self._lines, self._screen}:
-                with suppress(OSError, ValueError):  # what is left in its buffer is not to fail once more
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            with suppress(OSError, ValueError):  # it may be closed, or none of the system's
+                silence(stream)
 
 
 class _Lines:

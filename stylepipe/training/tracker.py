@@ -45,7 +45,6 @@ from stylepipe.training.wandb_run import (
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 10  # the same where it was asked to stop: launchers leave 30 s for everything, states included
 MEND_S = 60  # a dashboard that is lost is not started anew more often than that
 MENDING_BYTES = 2**20  # nor on a disk with less than that
 MOST_WAITING = 256  # calls, some of them with a grid of images

@@ -48,8 +48,8 @@ from stylepipe.training.progress import Progress, RunLog
 from stylepipe.training.rollbacks import Rollbacks
 from stylepipe.training.settings import changes_since, check_growth, config_mapping, penalties_changed
 from stylepipe.training.snapshots import Snapshots
-from stylepipe.training.tracker import STOP_TIMEOUT_S, Tracker
-from stylepipe.training.wandb_run import FINISH_TIMEOUT_S
+from stylepipe.training.tracker import Tracker
+from stylepipe.training.wandb_run import FINISH_TIMEOUT_S, STOP_TIMEOUT_S
 from stylepipe.version import code_version
 
 logger = logging.getLogger(__name__)

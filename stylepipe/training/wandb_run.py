@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 KIMG = "Progress/kimg"  # the axis of all that W&B draws
 INIT_TIMEOUT_S = 30  # W&B's own is 90: too long a wait before training just because a node has no network
 FINISH_TIMEOUT_S = 60  # for what is still to be uploaded when a training ends
+STOP_TIMEOUT_S = 10  # the same where it was asked to stop: launchers leave 30 s for everything, states included
 KILLED_S = 5  # a call ends when W&B's process has
 FLUSH_S = 1  # W&B's own is 15: so much would be lost where its process is killed
 STUCK_S = 30  # W&B's file of an offline run grows with each tick, unless the disk is full

@@ -70,7 +70,7 @@ def test_a_signal_saves_and_tells_the_command_that_goes_on(shards, tmp_path, num
     assert process.returncode == 0, output
     assert "Traceback" not in output
     found = shutil.which("python")
-    command = "python" if found and os.path.samefile(found, sys.executable) else sys.executable
+    command = "python" if found and Path(found).parent == Path(sys.executable).parent else sys.executable
     assert f"({cause}), and saved; to go on from there: {command} " in output
     assert f"--out {out}" in output.splitlines()[-1]
     (state,) = out.glob("state-*")

@@ -199,6 +199,19 @@ def test_what_a_shell_would_not_find_is_given_by_its_path(monkeypatch: pytest.Mo
     assert command_again(Path("b")) == "/venv/bin/python launch/train.py --out b"
 
 
+def test_the_python_of_another_environment_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("base", "venv"):  # both lead to the one that is installed
+        (tmp_path / folder / "bin").mkdir(parents=True)
+        (tmp_path / folder / "bin" / "python").symlink_to(sys.executable)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "--out", "b"])
+    monkeypatch.setenv("PATH", str(tmp_path / "base" / "bin"))
+    assert command_again(Path("b")) == f"{python} launch/train.py --out b"
+    monkeypatch.setenv("PATH", str(tmp_path / "venv" / "bin"))
+    assert command_again(Path("b")) == "python launch/train.py --out b"
+
+
 def test_the_command_given_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launch/train.py", "--data", "my photos"])
     expected = "accelerate launch --multi_gpu --num_processes 4 launch/train.py --data 'my photos'"
