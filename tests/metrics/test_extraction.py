@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
+from stylepipe.metrics import stored_rows
 from stylepipe.metrics.extraction import Team, Wanted, collect
 from stylepipe.metrics.stored_rows import StoredRows, store_rows
 
@@ -85,19 +89,48 @@ def test_stored_rows_are_what_was_stored(tmp_path):
     assert [path.name for path in (tmp_path / "statistics").iterdir()] == ["key"]
 
 
+class Asked(dict):
+    """Rows that note which of them were asked for, in which other processes take part."""
+
+    def __init__(self) -> None:
+        super().__init__(a=torch.ones(2, 1), b=torch.ones(2, 1))
+        self.names: list[str] = []
+
+    def __getitem__(self, name):
+        self.names.append(name)
+        return super().__getitem__(name)
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_turn_of_gathering(
     tmp_path, caplog, bound_by_permissions
 ):
-    asked = []
-
-    class Rows(dict):
-        def __getitem__(self, name):
-            asked.append(name)
-            return super().__getitem__(name)
-
-    folder = tmp_path / "statistics"
+    rows, folder = Asked(), tmp_path / "statistics"
     folder.mkdir()
     os.chmod(folder, 0o500)
-    store_rows(folder / "key", Rows({"a": torch.ones(2, 1), "b": torch.ones(2, 1)}), {})
-    assert asked == ["a", "b"]
+    store_rows(folder / "key", rows, {})
+    assert rows.names == ["a", "b"]
     assert "cannot be written (Permission denied); it is measured again the next time" in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["at once", "half-way"])
+def test_a_disk_that_fails_takes_no_turn_of_gathering_away(tmp_path, caplog, monkeypatch, fails):
+    rows, save = Asked(), np.save
+
+    def failing(path, array):
+        if fails == "at once" or path.stem == "b":
+            raise OSError(errno.EROFS, "Read-only file system")
+        save(path, array)
+
+    if fails == "at once":  # before any is asked for, as on a read-only mount
+        monkeypatch.setattr(stored_rows, "atomic_path", failing_context)
+    monkeypatch.setattr(np, "save", failing)
+    store_rows(tmp_path / "key", rows, {})
+    assert rows.names == ["a", "b"]
+    assert "cannot be written (Read-only file system)" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def failing_context(path):
+    raise OSError(errno.EROFS, "Read-only file system")
+    yield path
