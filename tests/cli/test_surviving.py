@@ -404,3 +404,25 @@ def test_data_that_is_taken_away_while_training_ends_the_run_with_all_saved(shar
     assert "Traceback" not in told
     (state,) = out.glob("state-*")
     assert load_state(state).images_seen == lines_of(out)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["removed", "replaced"])
+def test_a_shard_that_is_removed_or_replaced_while_training_changes_nothing(
+    finished, shards, tmp_path, monkeypatch, fate
+):
+    """It is open: the run goes on with what it began with. What lies there then is found by the next start."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(shards, data)
+    (shard,) = data.glob("*.tar")
+
+    def happen() -> None:
+        shard.unlink()
+        if fate == "replaced":
+            shard.write_bytes(bytes(4096))
+
+    at_image(monkeypatch, 40, happen)
+    assert main(options(data, out, 0.128, *QUICK)) == 0
+    assert same_end(out, finished)
+    assert main(options(data, out, 0.256, *QUICK)) == 2
+    assert same_end(out, finished)
